@@ -1,0 +1,1 @@
+"""What `splitwise bench` and `splitwise demo` run; it may know everything but the command line."""

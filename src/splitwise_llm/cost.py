@@ -1,0 +1,64 @@
+"""What the parts of a model weigh and compute: small pure functions, one formula each, the counting rule with it.
+
+Norms, biases and rotary tables are below a thousandth of any unit and are not counted.
+"""
+
+from __future__ import annotations
+
+from splitwise_llm.partition import Part, Partition
+from splitwise_llm.spec import Dtype, ModelSpec, Weights
+
+
+def _matrices(spec: ModelSpec, part: Part) -> tuple[tuple[int, int], ...]:
+    return spec.group_matrices if part is Part.ATTENTION else spec.shard_matrices
+
+
+def unit_weight_bytes(spec: ModelSpec, part: Part, dtype: Dtype, weights: Weights) -> float:
+    """Bytes of the linear weights of one key/value group or one FFN shard."""
+    return sum(weights.num_bytes(rows, columns, dtype) for rows, columns in _matrices(spec, part))
+
+
+def table_bytes(spec: ModelSpec, dtype: Dtype, weights: Weights) -> float:
+    """Bytes of the token table (embedding or output projection); low-bit models keep it in int8."""
+    form = Weights.FULL if weights is Weights.FULL else Weights.INT8
+    return form.num_bytes(spec.vocab_size, spec.d_model, dtype)
+
+
+def assigned_weight_bytes(spec: ModelSpec, partition: Partition, machine: int, dtype: Dtype, weights: Weights) -> float:
+    """Bytes of weights a machine holds for a partition; a tied table that serves both ends counts once."""
+    total = 0.0
+    for half in range(2 * spec.num_layers):
+        part = Part.FFN if half % 2 else Part.ATTENTION
+        total += len(partition.units_on(machine, half)) * unit_weight_bytes(spec, part, dtype, weights)
+    tables = [partition.embed, partition.head].count(machine)
+    total += (min(tables, 1) if spec.tied_head else tables) * table_bytes(spec, dtype, weights)
+    if spec.family == "gpt2" and partition.embed == machine:
+        total += spec.max_context * spec.d_model * dtype.num_bytes
+    return total
+
+
+def assigned_kv_bytes(spec: ModelSpec, partition: Partition, machine: int, dtype: Dtype, positions: int) -> int:
+    """Bytes of keys and values a machine keeps for one session of `positions` positions."""
+    groups = sum(len(partition.units_on(machine, half)) for half in range(0, 2 * spec.num_layers, 2))
+    return positions * spec.kv_bytes_per_position(groups, dtype)
+
+
+def unit_flop(spec: ModelSpec, part: Part, positions: int, context: int) -> float:
+    """FLOP of one unit over `positions` new positions that see up to `context`: two per weight and
+    position, plus scores and values, counted over the whole context for each position (an upper bound
+    for a causal prefill)."""
+    linear = 2.0 * positions * sum(rows * columns for rows, columns in _matrices(spec, part))
+    if part is Part.FFN:
+        return linear
+    return linear + 4.0 * positions * context * spec.heads_per_group * spec.head_dim
+
+
+def unit_memory_bytes(spec: ModelSpec, part: Part, context: int, dtype: Dtype, weights: Weights) -> float:
+    """Bytes one unit reads in a step: its weights once, and for attention its keys and values."""
+    kv = spec.kv_bytes_per_position(1, dtype) * context if part is Part.ATTENTION else 0
+    return unit_weight_bytes(spec, part, dtype, weights) + kv
+
+
+def head_flop(spec: ModelSpec) -> float:
+    """FLOP of the output projection for the one position that is sampled."""
+    return 2.0 * spec.vocab_size * spec.d_model

@@ -1,0 +1,47 @@
+"""What a policy answers: a partition and how to drive it. It does not know how the answer was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from splitwise_llm.errors import RequestError
+from splitwise_llm.partition import Partition
+
+
+class WirePrecision(StrEnum):
+    """How activations are written on a link; the quantised forms carry one fp32 scale per token."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+    @property
+    def is_quantised(self) -> bool:
+        return self in (WirePrecision.INT8, WirePrecision.INT4)
+
+    def payload_bytes(self, positions: int, d_model: int) -> int:
+        """Bytes of `positions` activations of width `d_model`: tensor data and scales, no framing."""
+        row = {"fp32": 4 * d_model, "bf16": 2 * d_model, "fp16": 2 * d_model, "int8": d_model + 4}
+        return positions * row.get(self.value, (d_model + 1) // 2 + 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A partition, the precision on the wire, and the prompt positions per prefill chunk (None: one chunk)."""
+
+    partition: Partition
+    wire: WirePrecision = WirePrecision.FP32
+    prefill_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise RequestError(f"prefill chunk is {self.prefill_chunk}; expected at least 1 position, or none")
+
+    def chunks(self, prompt_tokens: int) -> tuple[int, ...]:
+        """Lengths of the prefill chunks of a prompt, in order."""
+        size = self.prefill_chunk or prompt_tokens
+        full, rest = divmod(prompt_tokens, size)
+        return (size,) * full + ((rest,) if rest else ())

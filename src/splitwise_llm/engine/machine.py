@@ -1,0 +1,150 @@
+"""A machine: resident weights and the one thread that computes, for any number of sessions, one piece at a time.
+
+It does not know about links; sessions bring it work and wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from splitwise_llm import cost
+from splitwise_llm.engine.memory import available_memory_bytes, reset_peak_memory
+from splitwise_llm.errors import MemoryTooSmall
+from splitwise_llm.model.checkpoint import Checkpoint
+from splitwise_llm.model.share import Share
+from splitwise_llm.model.weights import Need, Resident
+from splitwise_llm.partition import Partition
+from splitwise_llm.spec import DeviceSpec, Dtype, ModelSpec, Weights
+from splitwise_llm.units import show_bytes
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Computed(Generic[T]):
+    """A result, and when it was worked on (s, monotonic clock)."""
+
+    value: T
+    start_s: float
+    stop_s: float
+
+
+def need_of(partition: Partition, machine: int) -> Need:
+    """What a machine must hold for a partition."""
+    halves = range(2 * len(partition.layers))
+    units = tuple((half, mine) for half in halves if (mine := partition.units_on(machine, half)))
+    return Need(units, embed=partition.embed == machine, head=partition.head == machine)
+
+
+class Machine:
+    """One process's part of the system. `close` it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: Dtype = Dtype.FP32,
+        weights: Weights = Weights.FULL,
+        threads: int = 1,
+        memory_bytes: int | None = None,
+        emulate: float | DeviceSpec | None = None,
+    ) -> None:
+        self.checkpoint, self.dtype, self.weights, self.threads = checkpoint, dtype, weights, threads
+        self.emulate = emulate
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._memory_limit = memory_bytes
+        self._resident = Resident(checkpoint, dtype, weights, self.device)
+        self._needs: dict[object, tuple[Need, float]] = {}
+        # One thread: sessions queue for the processor instead of fighting over it, and the event loop stays free.
+        self._executor = ThreadPoolExecutor(1, "compute", initializer=torch.set_num_threads, initargs=(threads,))
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the piece being computed and end the thread."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.checkpoint.architecture.spec
+
+    @property
+    def emulated(self) -> str:
+        """What is emulated, for records; empty for nothing."""
+        if self.emulate is None:
+            return ""
+        return self.emulate.name if isinstance(self.emulate, DeviceSpec) else f"{self.emulate:g}x slower"
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory for weights and caches: what was allowed, or what is free now plus what is already held."""
+        if self._memory_limit is not None:
+            return self._memory_limit
+        if isinstance(self.emulate, DeviceSpec):
+            return int(self.emulate.memory_bytes)
+        return available_memory_bytes() + int(sum(size for _, size in self._needs.values()))
+
+    def check_fits(self, name: str, partition: Partition, number: int, capacity: int) -> float:
+        """Bytes of weights and cache machine `number` would hold. Raises MemoryTooSmall, with the sizes."""
+        weights = cost.assigned_weight_bytes(self.spec, partition, number, self.dtype, self.weights)
+        cache = cost.assigned_kv_bytes(self.spec, partition, number, self.dtype, capacity)
+        if weights + cache > self.memory_bytes:
+            raise MemoryTooSmall(
+                f"{name} would hold {show_bytes(weights)} of weights ({self.dtype}, {self.weights}) and "
+                f"{show_bytes(cache)} of cache, and has {show_bytes(self.memory_bytes)}; give it fewer layers, "
+                "or start it with --weights int8 or int4"
+            )
+        return weights + cache
+
+    async def open_share(self, key: object, name: str, partition: Partition, number: int, capacity: int) -> Share:
+        """Load what machine `number` needs (once) and make a session's share of it; `release` it by its key.
+
+        Slices that no open session needs are forgotten first. Raises MemoryTooSmall before loading, ModelError.
+        """
+        size = self.check_fits(name, partition, number, capacity)
+        need = need_of(partition, number)
+        self._needs[key] = (need, size)
+        try:
+            return (await self.compute(lambda: self._open(need, capacity))).value
+        except BaseException:
+            self.release(key)
+            raise
+
+    def _open(self, need: Need, capacity: int) -> Share:
+        self._resident.keep_only(need for need, _ in list(self._needs.values()))
+        if len(self._needs) == 1:
+            reset_peak_memory()
+        self._resident.load(need)
+        return Share(self._resident, need, capacity)
+
+    def release(self, key: object) -> None:
+        """The session is over; its slices stay resident until another session needs the room."""
+        self._needs.pop(key, None)
+
+    async def compute(
+        self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None = None
+    ) -> Computed[T]:
+        """Run `work` on the compute thread. Where `predicted` is given, an emulated machine sleeps on until the
+        time its device would have taken is up."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._run, work, predicted)
+
+    def _run(self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None) -> Computed[T]:
+        start = time.monotonic()
+        with torch.inference_mode():
+            result = work()
+        if self.emulate is not None and predicted is not None:
+            took = time.monotonic() - start
+            due = predicted(self.emulate) if isinstance(self.emulate, DeviceSpec) else took * self.emulate
+            time.sleep(max(0.0, due - took))
+        return Computed(result, start, time.monotonic())

@@ -1,0 +1,131 @@
+"""A machine's letter box in one session: sends moves, receives them in any order, relays for others, counts.
+
+Nothing arrives here that the plan does not call for; it does not know what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+from splitwise_llm.errors import ProtocolError, RequestError, SplitwiseError
+from splitwise_llm.plan import Crossings, Kind, Move, Plan, Step, crossings
+from splitwise_llm.wire.link import Link
+from splitwise_llm.wire.messages import Data, Header, pack, unpack
+
+_Key = tuple[int, int, str, int]
+IDS = "ids"
+
+
+class Post:
+    """Moves in and out of machine `me`. `links` leads to every machine this one can reach by itself."""
+
+    def __init__(self, me: int, plan: Plan, links: Mapping[int, Link], prompt_tokens: int, max_new_tokens: int) -> None:
+        self.me, self.plan, self.links = me, plan, links
+        self._prompt_tokens = prompt_tokens
+        self._num_steps = plan.num_steps(prompt_tokens, max_new_tokens)
+        self._moves = {(move.after, move.kind.value, move.src, move.dst): move for move in plan.moves}
+        self._arrived: dict[_Key, tuple[Data, memoryview]] = {}
+        self._awaited: dict[_Key, asyncio.Future[tuple[Data, memoryview]]] = {}
+        self._seen: set[_Key] = set()
+        self._failure: SplitwiseError | None = None
+        self._counts: Counter[tuple[int, Kind, int, int]] = Counter()
+        self._sizes: Counter[tuple[int, Kind, int, int]] = Counter()
+        self.frame_bytes = 0
+        self.last_active_s = time.monotonic()
+
+    @property
+    def crossings(self) -> tuple[Crossings, ...]:
+        """What this machine has sent, relays included."""
+        return crossings(self._counts, self._sizes)
+
+    async def send(self, move: Move, step: Step, payload: bytes, depth: int) -> None:
+        """Send one move of a step. Raises LinkDied."""
+        rows = self.plan.rows(move, step)
+        activations = move.kind in (Kind.RESIDUAL, Kind.PARTIAL)
+        dtype, columns = (self.plan.decision.wire.value, self.plan.d_model) if activations else (IDS, 1)
+        header = Data(step.index, move.after, move.kind, move.src, move.dst, depth, dtype, rows, columns)
+        hop = self.plan.legs(move.src, move.dst)[0][1]
+        await self._send(hop, move, pack(header, payload), len(payload))
+
+    async def _send(self, hop: int, move: Move, frame: bytes, payload_bytes: int) -> None:
+        key = (move.after, move.kind, self.me, hop)
+        self._counts[key] += 1
+        self._sizes[key] += payload_bytes
+        self.frame_bytes += len(frame)
+        self.last_active_s = time.monotonic()
+        try:
+            await self.links[hop].send(frame)
+        except RequestError as error:  # the link's frame limit; only prefill activations come near it
+            raise RequestError(f"{error}; use a smaller prefill chunk") from error
+
+    async def receive(self, move: Move, step: Step) -> tuple[memoryview, int]:
+        """The payload of a move of a step, and its depth here. Raises what ended the session if it ends."""
+        key = (step.index, move.after, move.kind.value, move.src)
+        found = self._arrived.pop(key, None)
+        if found is None:
+            if self._failure:
+                raise self._failure
+            future = self._awaited.setdefault(key, asyncio.get_running_loop().create_future())
+            found = await future
+        header, payload = found
+        return payload, header.depth + len(self.plan.legs(move.src, move.dst))
+
+    async def pump(self, peer: int) -> Header | None:
+        """Take frames off the link to `peer` until one is not data, and return that (None: the link was closed).
+
+        Raises ProtocolError for data that the plan does not call for, LinkDied.
+        """
+        link = self.links[peer]
+        while (frame := await link.receive()) is not None:
+            header, payload = unpack(frame)
+            if not isinstance(header, Data):
+                return header
+            await self._accept(header, payload, frame, peer)
+        return None
+
+    async def _accept(self, header: Data, payload: memoryview, frame: bytes, peer: int) -> None:
+        self.last_active_s = time.monotonic()
+        move = self._moves.get((header.after, header.kind, header.src, header.dst))
+        what = f"{header.kind} after stage {header.after} of step {header.step} from machine {header.src}"
+        if move is None or header.step >= self._num_steps:
+            raise ProtocolError(f"{what}: no such message in this plan")
+        step = self.plan.step(header.step, self._prompt_tokens)
+        legs = self.plan.legs(move.src, move.dst)
+        leg = next((number for number, pair in enumerate(legs) if pair == (peer, self.me)), None)
+        if leg is None:
+            raise ProtocolError(f"{what}: it does not come by way of machine {peer}")
+        wanted = (self.plan.decision.wire.value, self.plan.d_model)
+        wanted = wanted if move.kind in (Kind.RESIDUAL, Kind.PARTIAL) else (IDS, 1)
+        rows = self.plan.rows(move, step)
+        if rows == 0 or (header.dtype, header.rows, header.columns) != (wanted[0], rows, wanted[1]):
+            raise ProtocolError(
+                f"{what}: got {header.dtype} ({header.rows}, {header.columns}), expected {wanted[0]} ({rows}, {wanted[1]})"
+            )
+        if len(payload) != self.plan.payload_bytes(move, rows):
+            raise ProtocolError(f"{what}: got {len(payload)} bytes, expected {self.plan.payload_bytes(move, rows)}")
+        if leg + 1 < len(legs):
+            await self._send(legs[leg + 1][1], move, frame, len(payload))
+        else:
+            self._deliver((header.step, header.after, header.kind, header.src), header, payload, what)
+
+    def _deliver(self, key: _Key, header: Data, payload: memoryview, what: str) -> None:
+        if key in self._seen:
+            raise ProtocolError(f"{what}: it came twice")
+        self._seen.add(key)
+        future = self._awaited.pop(key, None)
+        if future is None:
+            self._arrived[key] = (header, payload)
+        elif not future.done():
+            future.set_result((header, payload))
+
+    def fail(self, error: SplitwiseError) -> None:
+        """End every wait, now and later, with this error; the first one counts."""
+        self._failure = self._failure or error
+        for future in self._awaited.values():
+            if not future.done():
+                future.set_exception(self._failure)
+                future.exception()  # retrieved here, in case nobody waits any more
+        self._awaited.clear()

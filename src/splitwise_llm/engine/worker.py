@@ -1,0 +1,217 @@
+"""A worker: greets devices, opens their sessions on its machine, and walks its part of their plans.
+
+Whatever a device does wrong ends that device's session with a message, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from contextlib import suppress
+
+from splitwise_llm import plan as plans
+from splitwise_llm.decision import Decision, WirePrecision
+from splitwise_llm.engine.machine import Machine
+from splitwise_llm.engine.memory import peak_memory_bytes
+from splitwise_llm.engine.post import Post
+from splitwise_llm.engine.walk import Request, Walker
+from splitwise_llm.errors import (
+    PeerError,
+    PeerMismatch,
+    ProtocolError,
+    RequestError,
+    SplitwiseError,
+    WorkerFailed,
+)
+from splitwise_llm.model.sampling import Sampling
+from splitwise_llm.partition import Partition
+from splitwise_llm.plan import DEVICE
+from splitwise_llm.wire import messages
+from splitwise_llm.wire.codec import ElementLoss
+from splitwise_llm.wire.link import Link
+from splitwise_llm.wire.messages import Close, Closed, Failed, Header, Hello, Open, Opened, Welcome, pack, unpack
+
+log = logging.getLogger(__name__)
+GREETING_S = 10.0
+"""A device that has not said who it is after this long is hung up on."""
+
+
+class Worker:
+    """Serves sessions on a machine; `handle` is what a server runs for each link."""
+
+    def __init__(self, machine: Machine, *, max_sessions: int = 16, idle_s: float = 300.0) -> None:
+        self.machine, self.max_sessions, self.idle_s = machine, max_sessions, idle_s
+        self._sessions = 0
+
+    async def handle(self, link: Link) -> None:
+        """One session from greeting to good-bye; never raises for what the peer did."""
+        try:
+            await self._session(link)
+        except SplitwiseError as error:
+            level = logging.INFO if isinstance(error, PeerError) else logging.WARNING
+            log.log(level, "session with %s ended: %s", link.peer, error)
+            await _tell(link, error)
+        except Exception as error:
+            log.exception("session with %s failed", link.peer)
+            await _tell(link, WorkerFailed(f"internal error, see the worker's log ({type(error).__name__}: {error})"))
+
+    async def _session(self, link: Link) -> None:
+        if not await self._greet(link):
+            return
+        opening = await _expect(link, Open, self.idle_s)
+        if opening is None:
+            return
+        if self._sessions >= self.max_sessions:
+            raise WorkerFailed(f"all {self.max_sessions} sessions are taken; try again later or use another worker")
+        self._sessions += 1
+        try:
+            await self._run(link, opening)
+        finally:
+            self._sessions -= 1
+
+    async def _greet(self, link: Link) -> bool:
+        """Exchange who we are. False when the device left. Raises PeerMismatch."""
+        hello = await _expect(link, Hello, GREETING_S)
+        if hello is None:
+            return False
+        machine, mine = self.machine, self.machine.checkpoint.fingerprint
+        await link.send(
+            pack(
+                Welcome(
+                    protocol=messages.PROTOCOL_VERSION,
+                    fingerprint=mine,
+                    dtype=machine.dtype,
+                    weights=machine.weights,
+                    memory_bytes=machine.memory_bytes,
+                    threads=machine.threads,
+                    emulated=machine.emulated,
+                )
+            )
+        )
+        if hello.protocol != messages.PROTOCOL_VERSION:
+            raise PeerMismatch(f"the device speaks protocol {hello.protocol}, this worker {messages.PROTOCOL_VERSION}")
+        if hello.fingerprint != mine:
+            raise PeerMismatch(f"the device holds model {hello.fingerprint}, this worker {mine}")
+        return True
+
+    async def _run(self, link: Link, opening: Open) -> None:
+        plan, request = self._read(opening)
+        key, name = object(), opening.names[opening.machine]
+        capacity = request.prompt_tokens + request.max_new_tokens
+        start = time.monotonic()
+        partition = plan.decision.partition
+        share = await self.machine.open_share(key, name, partition, opening.machine, capacity)
+        try:
+            post = Post(opening.machine, plan, {DEVICE: link}, request.prompt_tokens, request.max_new_tokens)
+            walker = Walker(plan, request, share, self.machine, post)
+            await link.send(pack(Opened(load_s=time.monotonic() - start)))
+            log.info("session %s from %s: %s", opening.session, link.peer, partition.text(opening.names))
+            if await self._until_closed(link, walker, post):
+                await link.send(pack(_closed(walker, post)))
+        finally:
+            self.machine.release(key)
+
+    def _read(self, opening: Open) -> tuple[plans.Plan, Request]:
+        """What a session asks for, checked against the model. Raises UserError."""
+        spec = self.machine.spec
+        if opening.machine in (DEVICE, *range(len(opening.names), 256)):
+            raise ProtocolError(f"this worker cannot be machine {opening.machine} of {len(opening.names)}")
+        if opening.wire not in list(WirePrecision):
+            raise RequestError(f"unknown wire precision {opening.wire!r}; known are {', '.join(WirePrecision)}")
+        check_length(opening.prompt_tokens, opening.max_new_tokens, spec.max_context)
+        partition = Partition.from_bytes(opening.partition, spec)
+        decision = Decision(partition, WirePrecision(opening.wire), opening.prefill_chunk or None)
+        request = Request(
+            opening.prompt_tokens,
+            opening.max_new_tokens,
+            frozenset(opening.stop_ids),
+            Sampling(opening.temperature, opening.top_k, opening.top_p, opening.seed),
+            ElementLoss(opening.element_loss, opening.loss_seed),
+        )
+        return plans.compile(decision, spec, len(opening.names)), request
+
+    async def _until_closed(self, link: Link, walker: Walker, post: Post) -> bool:
+        """Walk while frames come in. True when the device closed the session in words. Raises SplitwiseError."""
+        walking = asyncio.create_task(walker.run())
+        pumping = asyncio.create_task(post.pump(DEVICE))
+        watching = asyncio.create_task(self._watch_idle(post))
+        try:
+            await asyncio.wait({walking, pumping, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if walking.done() and not pumping.done():
+                walking.result()  # raises what went wrong; a walker that is through waits for the device's word
+                await asyncio.wait({pumping, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                watching.result()
+            header = pumping.result()
+        finally:
+            await _end(walking, pumping, watching)
+        if header is None:
+            log.info("%s left", link.peer)
+            return False
+        if isinstance(header, Failed):
+            raise ProtocolError(f"the device gave up: {header.message}")
+        if not isinstance(header, Close):
+            raise ProtocolError(f"got {type(header).__name__} in mid-session, expected data or Close")
+        return True
+
+    async def _watch_idle(self, post: Post) -> None:
+        """Raise WorkerFailed once nothing has moved for too long."""
+        left = self.idle_s
+        while left > 0:
+            await asyncio.sleep(left)
+            left = post.last_active_s + self.idle_s - time.monotonic()
+        raise WorkerFailed(f"nothing was sent or received for {self.idle_s:g} s; the session is closed")
+
+
+def check_length(prompt_tokens: int, max_new_tokens: int, max_context: int) -> None:
+    """Raise RequestError unless prompt and answer fit the model's context."""
+    if prompt_tokens < 1:
+        raise RequestError("the prompt is empty; give at least one token")
+    if max_new_tokens < 1:
+        raise RequestError(f"{max_new_tokens} new tokens were asked for; expected at least 1")
+    if prompt_tokens >= max_context:
+        raise RequestError(
+            f"the prompt has {prompt_tokens} tokens, the model's context {max_context}; shorten the prompt"
+        )
+    if prompt_tokens + max_new_tokens > max_context:
+        raise RequestError(
+            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the model's context of {max_context}; "
+            f"ask for at most {max_context - prompt_tokens}"
+        )
+
+
+def _closed(walker: Walker, post: Post) -> Closed:
+    crossed = [messages.Crossed(c.after, c.kind, c.src, c.dst, c.count, c.payload_bytes) for c in post.crossings]
+    intervals = [messages.Interval(i.stage, i.step, i.start_s, i.stop_s) for i in walker.intervals]
+    return Closed(crossed, intervals, peak_memory_bytes(), post.frame_bytes)
+
+
+async def _expect(link: Link, kind: type[messages.H], within_s: float) -> messages.H | None:
+    """The next frame, which must be of this kind; None when the peer closes. Raises ProtocolError."""
+    try:
+        async with asyncio.timeout(within_s):
+            frame = await link.receive()
+    except TimeoutError:
+        raise ProtocolError(f"no {kind.__name__} came within {within_s:g} s") from None
+    if frame is None:
+        return None
+    header, _ = unpack(frame)
+    if not isinstance(header, kind):
+        raise ProtocolError(f"got {type(header).__name__}, expected {kind.__name__}")
+    return header
+
+
+async def _tell(link: Link, error: SplitwiseError) -> None:
+    with suppress(SplitwiseError):
+        await link.send(pack(Failed(type(error).__name__, str(error))))
+
+
+async def _end(*tasks: asyncio.Task[object] | asyncio.Task[None] | asyncio.Task[Header | None]) -> None:
+    """Cancel what still runs and wait until it has ended; what it raises was raised already or no longer matters."""
+    waiting: list[Awaitable[object]] = []
+    for task in tasks:
+        task.cancel()
+        waiting.append(task)
+    await asyncio.gather(*waiting, return_exceptions=True)

@@ -1,0 +1,1 @@
+"""Split transformer arithmetic: families, shard loading, KV cache, kernels. No networks, no policies."""

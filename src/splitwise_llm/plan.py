@@ -1,0 +1,292 @@
+"""A decision compiled to stages and moves: the single place that knows what crosses, when, and how large.
+
+The engine walks a plan, the cost model prices it; both take what crosses from here. A plan knows
+sizes and order, never seconds or sockets.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from splitwise_llm.decision import Decision
+from splitwise_llm.partition import Part
+from splitwise_llm.spec import ModelSpec
+
+DEVICE = 0
+TOKEN_ID_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Serial:
+    """Consecutive halves `start` to `stop` on one machine, with the embedding before or the head after them."""
+
+    machine: int
+    start: int
+    stop: int
+    embed: bool = False
+    head: bool = False
+
+    @property
+    def machines(self) -> tuple[int, ...]:
+        return (self.machine,)
+
+    @property
+    def is_head_only(self) -> bool:
+        return self.head and self.start == self.stop
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The units of a shared half that one machine computes."""
+
+    machine: int
+    units: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """One half computed by several machines at the same time, whose partial sums are added."""
+
+    half: int
+    shares: tuple[Share, ...]
+
+    @property
+    def layer(self) -> int:
+        return self.half // 2
+
+    @property
+    def part(self) -> Part:
+        return Part.FFN if self.half % 2 else Part.ATTENTION
+
+    @property
+    def machines(self) -> tuple[int, ...]:
+        return tuple(share.machine for share in self.shares)
+
+
+Stage = Serial | Shared
+
+
+class Kind(StrEnum):
+    """What a message carries."""
+
+    PROMPT = "prompt"  # ids of a prefill chunk, device -> embedding
+    RESIDUAL = "residual"  # the residual stream
+    PARTIAL = "partial"  # one machine's part of a shared sub-block
+    TOKEN = "token"  # a sampled id, head -> device  # noqa: S105
+    NEXT = "next"  # a sampled id, device -> embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One message per step from `src` to `dst` after stage `after` (-1: before the first)."""
+
+    kind: Kind
+    after: int
+    src: int
+    dst: int
+    last_only: bool = False
+    """Only the last position of the last prefill chunk crosses: the receiver has a head and no layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crossings:
+    """Messages and payload bytes of one kind after one stage over one directed link."""
+
+    after: int
+    kind: Kind
+    src: int
+    dst: int
+    count: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One walk through the stages: `count` positions from `start`; `emits` unless a later chunk follows."""
+
+    index: int
+    start: int
+    count: int
+    emits: bool
+    is_prefill: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Stages in order and the moves between them, for one decision on one model."""
+
+    decision: Decision
+    d_model: int
+    stages: tuple[Stage, ...]
+    moves: tuple[Move, ...]
+    joiners: tuple[tuple[int, ...], ...]
+    """Per stage, the machines that hold its result: those that add the partial sums where it is shared."""
+    direct: frozenset[tuple[int, int]] = frozenset()
+    """Pairs of workers with a link of their own; everyone else meets through the device."""
+    _after: dict[int, tuple[Move, ...]] = field(init=False, repr=False, compare=False, hash=False)
+
+    def __post_init__(self) -> None:
+        after = {n: tuple(move for move in self.moves if move.after == n) for n in range(-1, len(self.stages))}
+        object.__setattr__(self, "_after", after)
+
+    @property
+    def embed(self) -> int:
+        return self.decision.partition.embed
+
+    @property
+    def head(self) -> int:
+        return self.decision.partition.head
+
+    def legs(self, src: int, dst: int) -> tuple[tuple[int, int], ...]:
+        """The directed links a message takes: one, or two through the device."""
+        if DEVICE in (src, dst) or (src, dst) in self.direct:
+            return ((src, dst),)
+        return ((src, DEVICE), (DEVICE, dst))
+
+    def moves_after(self, stage: int) -> tuple[Move, ...]:
+        """What crosses once stage `stage` is computed."""
+        return self._after[stage]
+
+    def rows(self, move: Move, step: Step) -> int:
+        """Positions (or ids) a move carries in a step; 0 when nothing is sent."""
+        match move.kind:
+            case Kind.PROMPT:
+                return step.count if step.is_prefill else 0
+            case Kind.NEXT:
+                return 0 if step.is_prefill else 1
+            case Kind.TOKEN:
+                return int(step.emits)
+            case _:
+                return int(step.emits) if move.last_only else step.count
+
+    def payload_bytes(self, move: Move, rows: int) -> int:
+        """Payload of a move that carries `rows` positions."""
+        if move.kind in (Kind.RESIDUAL, Kind.PARTIAL):
+            return self.decision.wire.payload_bytes(rows, self.d_model)
+        return TOKEN_ID_BYTES * rows
+
+    def step(self, index: int, prompt_tokens: int) -> Step:
+        """Step number `index` of a request: a prefill chunk, or the decode step after token `index - chunks`."""
+        chunks = self.decision.chunks(prompt_tokens)
+        if index < len(chunks):
+            last = index == len(chunks) - 1
+            return Step(index, sum(chunks[:index]), chunks[index], emits=last, is_prefill=True)
+        return Step(index, prompt_tokens + index - len(chunks), 1, emits=True, is_prefill=False)
+
+    def num_steps(self, prompt_tokens: int, tokens_out: int) -> int:
+        """The prefill chunks, then one decode step for each generated token but the last."""
+        return len(self.decision.chunks(prompt_tokens)) + tokens_out - 1
+
+    def traffic(self, prompt_tokens: int, tokens_out: int) -> tuple[Crossings, ...]:
+        """Every crossing of a request, each leg counted, in a fixed order."""
+        counts: Counter[tuple[int, Kind, int, int]] = Counter()
+        sizes: Counter[tuple[int, Kind, int, int]] = Counter()
+        for index in range(self.num_steps(prompt_tokens, tokens_out)):
+            step = self.step(index, prompt_tokens)
+            for move in self.moves:
+                rows = self.rows(move, step)
+                for src, dst in self.legs(move.src, move.dst) if rows else ():
+                    counts[move.after, move.kind, src, dst] += 1
+                    sizes[move.after, move.kind, src, dst] += self.payload_bytes(move, rows)
+        return crossings(counts, sizes)
+
+    @property
+    def round_trips_per_token(self) -> float:
+        """Half the one-way trips on the longest chain of messages from one token to the next."""
+        depth = {self.embed: 0}
+        for index, stage in enumerate(self.stages):
+            held = (
+                {m: depth[m] for m in self.joiners[index]} if isinstance(stage, Serial) else self._joined(index, depth)
+            )
+            for move in self.moves_after(index):
+                if move.kind is Kind.RESIDUAL:
+                    held[move.dst] = held[move.src] + len(self.legs(move.src, move.dst))
+            depth = held
+        back = [move for move in self.moves if move.kind in (Kind.TOKEN, Kind.NEXT)] if self.embed != self.head else []
+        return (depth[self.head] + sum(len(self.legs(move.src, move.dst)) for move in back)) / 2
+
+    def _joined(self, index: int, depth: dict[int, int]) -> dict[int, int]:
+        """Depth at each machine that adds the partial sums of shared stage `index`."""
+        workers = self.stages[index].machines
+        return {
+            joiner: max(depth[w] + (len(self.legs(w, joiner)) if w != joiner else 0) for w in workers)
+            for joiner in self.joiners[index]
+        }
+
+
+def crossings(
+    counts: Counter[tuple[int, Kind, int, int]], sizes: Counter[tuple[int, Kind, int, int]]
+) -> tuple[Crossings, ...]:
+    """Tallies as records, in the order of stage, kind and link."""
+    return tuple(Crossings(*key, count=counts[key], payload_bytes=sizes[key]) for key in sorted(counts))
+
+
+def compile(  # noqa: A001 - the verb of the field; nothing here needs the built-in
+    decision: Decision, spec: ModelSpec, num_machines: int, direct: Iterable[tuple[int, int]] = ()
+) -> Plan:
+    """The plan of a decision on a model, for machines 0 to `num_machines` - 1.
+
+    `direct` names pairs of workers with a link of their own (both directions); the default is a star
+    through the device. Raises PartitionError when the partition does not fit.
+    """
+    decision.partition.check(spec, num_machines)
+    stages = _stages(decision, spec)
+    moves: list[Move] = []
+    joiners: list[tuple[int, ...]] = []
+    for index, stage in enumerate(stages):
+        following = stages[index + 1] if index + 1 < len(stages) else None
+        held, crossing = _boundary(index, stage, following)
+        joiners.append(held)
+        moves += crossing
+    embed, head = decision.partition.embed, decision.partition.head
+    if embed != DEVICE:
+        moves.append(Move(Kind.PROMPT, -1, DEVICE, embed))
+    if head != DEVICE:
+        moves.append(Move(Kind.TOKEN, len(stages) - 1, head, DEVICE))
+    if embed not in (DEVICE, head):
+        moves.append(Move(Kind.NEXT, -1, DEVICE, embed))
+    both_ways = frozenset(pair for a, b in direct for pair in ((a, b), (b, a)))
+    return Plan(decision, spec.d_model, stages, tuple(moves), tuple(joiners), both_ways)
+
+
+def _stages(decision: Decision, spec: ModelSpec) -> tuple[Stage, ...]:
+    partition = decision.partition
+    stages: list[Stage] = [Serial(partition.embed, 0, 0, embed=True)]
+    for half in range(2 * spec.num_layers):
+        owners = sorted(set(partition.owners(half)))
+        last = stages[-1]
+        if len(owners) > 1:
+            stages.append(Shared(half, tuple(Share(m, partition.units_on(m, half)) for m in owners)))
+        elif isinstance(last, Serial) and last.machine == owners[0]:
+            stages[-1] = replace(last, stop=half + 1)
+        else:
+            stages.append(Serial(owners[0], half, half + 1))
+    last = stages[-1]
+    if isinstance(last, Serial) and last.machine == partition.head:
+        stages[-1] = replace(last, head=True)
+    else:
+        stages.append(Serial(partition.head, 2 * spec.num_layers, 2 * spec.num_layers, head=True))
+    return tuple(stages)
+
+
+def _boundary(index: int, stage: Stage, following: Stage | None) -> tuple[tuple[int, ...], Sequence[Move]]:
+    """Who holds the result of a stage, and what crosses to the machines of the following one."""
+    if following is None:
+        return stage.machines, ()
+    needed = following.machines
+    last_only = isinstance(following, Serial) and following.is_head_only
+    held = stage.machines
+    moves: list[Move] = []
+    if isinstance(stage, Shared):
+        held = tuple(m for m in stage.machines if m in needed) or stage.machines[:1]
+        moves = [
+            Move(Kind.PARTIAL, index, worker, joiner, last_only)
+            for worker in stage.machines
+            for joiner in held
+            if worker != joiner
+        ]
+    moves += [Move(Kind.RESIDUAL, index, held[0], machine, last_only) for machine in needed if machine not in held]
+    return held, moves

@@ -1,0 +1,69 @@
+"""Tables and pictures from records, for a terminal or a file. It knows nothing that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from splitwise_llm.partition import Partition
+from splitwise_llm.records import RequestRecord
+from splitwise_llm.units import show_bytes
+
+_BLOCKS = " ░▒▓█"
+_PLAIN = ".-=+#"
+
+
+def partition_picture(partition: Partition, names: Sequence[str], plain: bool = False) -> str:
+    """Layers from left to right, machines from top to bottom; each layer has a cell for its attention and one for
+    its FFN, darker the more of it a machine runs. E and H mark embedding and head."""
+    shades = _PLAIN if plain else _BLOCKS
+    used = partition.machines
+    width = max(len(names[machine]) for machine in used)
+    numbers = "".join(f"{layer:<3}" for layer in range(len(partition.layers)))
+    lines = [" " * (width + 3) + numbers.rstrip()]
+    for machine in used:
+        cells = ""
+        for half in range(2 * len(partition.layers)):
+            share = len(partition.units_on(machine, half)) / len(partition.owners(half))
+            cells += shades[0 if share == 0 else max(1, round(share * (len(shades) - 1)))]
+            cells += " " if half % 2 else ""
+        embed = "E" if partition.embed == machine else " "
+        head = "H" if partition.head == machine else " "
+        lines.append(f"{names[machine]:>{width}} {embed} {cells}{head}".rstrip())
+    return "\n".join(lines)
+
+
+def requests_table(records: Mapping[str, RequestRecord], reference: Sequence[int]) -> Table:
+    """One row per mode: times, round trips, payload, memory, and whether the tokens equal the reference's."""
+    emulated = any(record.is_emulated for record in records.values())
+    table = Table(title="emulated machines" if emulated else None)
+    table.add_column("mode")
+    machines = list(dict.fromkeys(machine.name for record in records.values() for machine in record.machines))
+    memories = [f"{name} peak" for name in machines]
+    for column in ("TTFT", "ms/token", "round trips/token", "up", "down", *memories, "same tokens"):
+        table.add_column(column, justify="right")
+    for mode, record in records.items():
+        peaks = {machine.name: show_bytes(machine.peak_memory_bytes) for machine in record.machines}
+        table.add_row(
+            mode,
+            f"{1e3 * record.ttft_s:.1f} ms",
+            f"{1e3 * record.tpot_s:.2f}",
+            f"{record.round_trips_per_token:g}",
+            show_bytes(record.up_bytes),
+            show_bytes(record.down_bytes),
+            *(peaks.get(name, "-") for name in machines),
+            "yes" if tuple(record.token_ids) == tuple(reference) else "NO",
+        )
+    return table
+
+
+def figures_table(title: str, figures: Mapping[str, float], notes: Mapping[str, str] | None = None) -> Table:
+    """Short names and numbers of a bench, with a remark each."""
+    table = Table(title=title)
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column("")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.4g}", (notes or {}).get(name, ""))
+    return table

@@ -1,0 +1,1 @@
+"""The wire: messages, tensor codec, links and the shaper; it refuses to know the model, the engine and policies."""

@@ -1,0 +1,117 @@
+"""Activations to bytes and back: fp32, bf16, fp16, int8 and int4 with one fp32 scale per token, and element loss.
+
+`decode(encode(x)) == round_trip(x)` to the bit. A codec does not know where the tensor goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from splitwise_llm.decision import WirePrecision
+from splitwise_llm.errors import ProtocolError, RequestError
+
+_FLOAT = {
+    WirePrecision.FP32: torch.float32,
+    WirePrecision.BF16: torch.bfloat16,
+    WirePrecision.FP16: torch.float16,
+}
+_LARGEST = {WirePrecision.INT8: 127, WirePrecision.INT4: 7}
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ElementLoss:
+    """A lossy channel: each element of an activation is lost (becomes zero) with this probability.
+
+    What is lost is a function of (seed, link use, position), not of chunking or of time.
+    """
+
+    probability: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability < 1:
+            raise RequestError(f"element loss is {self.probability}; expected 0 up to, not including, 1")
+
+    def apply(self, x: Tensor, stream: str, start: int) -> Tensor:
+        """`x` (positions, d_model) of `stream`, whose first position is `start`, with the lost elements zero."""
+        if not self.probability:
+            return x
+        keep = torch.empty(x.shape, dtype=torch.bool)
+        for row in range(x.shape[0]):
+            key = hashlib.blake2b(f"{self.seed}/{stream}/{start + row}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "little", signed=True))
+            keep[row] = torch.rand(x.shape[1], generator=generator) >= self.probability
+        return x * keep.to(x.device)
+
+
+def encode(x: Tensor, precision: WirePrecision) -> bytes:
+    """The payload of activations (positions, d_model): scales first where there are any, then the rows."""
+    x = x.detach().cpu()
+    if precision in _FLOAT:
+        return _raw(x.to(_FLOAT[precision]))
+    scales, levels = _quantise(x, _LARGEST[precision])
+    if precision is WirePrecision.INT8:
+        return _raw(scales) + _raw(levels)
+    if levels.shape[1] % 2:
+        levels = torch.nn.functional.pad(levels, (0, 1))
+    nibbles = (levels + 8).to(torch.uint8)
+    return _raw(scales) + _raw(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4))
+
+
+def decode(payload: bytes | memoryview, precision: WirePrecision, rows: int, columns: int) -> Tensor:
+    """Activations (rows, columns) in the wire's float format (fp32 for the quantised ones), freshly allocated.
+
+    Raises ProtocolError for a wrong length and for NaN or infinity.
+    """
+    wanted = precision.payload_bytes(rows, columns)
+    if len(payload) != wanted:
+        raise ProtocolError(f"{precision} activations ({rows}, {columns}) take {wanted} bytes, got {len(payload)}")
+    if precision in _FLOAT:
+        x = torch.frombuffer(bytearray(payload), dtype=_FLOAT[precision]).view(rows, columns).clone()
+    else:
+        x = _dequantise(payload, precision, rows, columns)
+    if not math.isfinite(float(x.sum(dtype=torch.float64))) and not bool(torch.isfinite(x).all()):
+        raise ProtocolError(
+            f"{precision} activations ({rows}, {columns}) hold NaN or infinity; the sender's arithmetic overflowed"
+            + (" or fp16 cannot hold them: try wire precision bf16" if precision is WirePrecision.FP16 else "")
+        )
+    return x
+
+
+def round_trip(x: Tensor, precision: WirePrecision) -> Tensor:
+    """What the other end would decode, in the dtype and on the device of `x`."""
+    if precision in _FLOAT and x.dtype == _FLOAT[precision]:
+        return x
+    if precision in _FLOAT:
+        return x.to(_FLOAT[precision]).to(x.dtype)
+    return decode(encode(x, precision), precision, *x.shape).to(dtype=x.dtype, device=x.device)
+
+
+def _raw(x: Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _quantise(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Scale per row (rows,) fp32, and levels (rows, columns) int8 in [-largest, largest]."""
+    x = x.float()
+    scales = x.abs().amax(dim=1) / largest
+    divisor = torch.where(scales > 0, scales, 1.0).unsqueeze(1)
+    return scales, (x / divisor).round_().clamp_(-largest, largest).to(torch.int8)
+
+
+def _dequantise(payload: bytes | memoryview, precision: WirePrecision, rows: int, columns: int) -> Tensor:
+    data = bytearray(payload)
+    scales = torch.frombuffer(data, dtype=torch.float32, count=rows).unsqueeze(1)
+    if precision is WirePrecision.INT8:
+        levels = torch.frombuffer(data, dtype=torch.int8, offset=rows * _SCALE_BYTES).view(rows, columns)
+    else:
+        packed = torch.frombuffer(data, dtype=torch.uint8, offset=rows * _SCALE_BYTES).view(rows, -1)
+        nibbles = torch.stack((packed & 15, packed >> 4), -1).view(rows, -1)[:, :columns]
+        levels = nibbles.to(torch.int8) - 8
+    return levels.float() * scales

@@ -1,0 +1,155 @@
+"""What machines say to each other: small typed headers, and raw payload bytes behind them. Never pickle.
+
+A frame is four bytes of header length (little endian), the header as MessagePack, and the payload
+to the end. Decoding is strict: unknown fields, wrong types and impossible lengths are ProtocolErrors.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from splitwise_llm.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+_LENGTH = struct.Struct("<I")
+_MAX_HEADER_BYTES = 1 << 20
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+MachineNumber = Annotated[int, msgspec.Meta(ge=0, lt=256)]
+
+
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all headers."""
+
+
+class Hello(_Header, frozen=True, tag="hello"):
+    """Device to worker, first: who speaks, in which version, about which model."""
+
+    protocol: int
+    fingerprint: str
+
+
+class Welcome(_Header, frozen=True, tag="welcome"):
+    """Worker to device: the same in return, and what the worker can do."""
+
+    protocol: int
+    fingerprint: str
+    dtype: str
+    weights: str
+    memory_bytes: int
+    threads: int
+    emulated: str
+    """What `--emulate` was given, empty for a machine that plays itself."""
+
+
+class Open(_Header, frozen=True, tag="open"):
+    """Device to worker: the session's decision and request, and which machine the worker is in it."""
+
+    session: str
+    machine: MachineNumber
+    names: list[str]
+    partition: bytes
+    wire: str
+    prefill_chunk: Count
+    """0: the whole prompt at once."""
+    prompt_tokens: Count
+    max_new_tokens: Count
+    stop_ids: list[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    element_loss: float
+    loss_seed: int
+
+
+class Opened(_Header, frozen=True, tag="opened"):
+    """Worker to device: the slices are resident."""
+
+    load_s: float
+
+
+class Data(_Header, frozen=True, tag="data"):
+    """One move of a step; the payload is activations (shape `rows` x `columns`) or ids (`rows` of int32)."""
+
+    step: Count
+    after: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)]
+    kind: str
+    src: MachineNumber
+    dst: MachineNumber
+    depth: Count
+    """One-way trips on the longest chain of messages behind this one, counted from the session's start."""
+    dtype: str
+    rows: Count
+    columns: Count
+
+
+class Close(_Header, frozen=True, tag="close"):
+    """Device to worker: the session is over, say what you counted."""
+
+
+class Interval(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One computation: the stage, the step, and when, on the monotonic clock of the machine."""
+
+    stage: int
+    step: int
+    start_s: float
+    stop_s: float
+
+
+class Crossed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Messages and payload bytes of one kind after one stage over one directed link."""
+
+    after: int
+    kind: str
+    src: int
+    dst: int
+    count: int
+    payload_bytes: int
+
+
+class Closed(_Header, frozen=True, tag="closed"):
+    """Worker to device: what it sent, when it computed, and the most memory it held."""
+
+    crossed: list[Crossed]
+    intervals: list[Interval]
+    peak_memory_bytes: int
+    frame_bytes: int
+
+
+class Failed(_Header, frozen=True, tag="failed"):
+    """Either way: the session cannot go on; `error` is a class of `errors.py`."""
+
+    error: str
+    message: str
+
+
+H = TypeVar("H", bound=_Header)
+Header = Hello | Welcome | Open | Opened | Data | Close | Closed | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Header] = msgspec.msgpack.Decoder(Header)
+
+
+def pack(header: Header, payload: bytes = b"") -> bytes:
+    """A frame."""
+    head = _encoder.encode(header)
+    return b"".join((_LENGTH.pack(len(head)), head, payload))
+
+
+def unpack(frame: bytes) -> tuple[Header, memoryview]:
+    """Header and payload of a frame. Raises ProtocolError for anything that is not one."""
+    if len(frame) < _LENGTH.size:
+        raise ProtocolError(f"a frame of {len(frame)} bytes is too short to hold a header")
+    (length,) = _LENGTH.unpack_from(frame)
+    if not 0 < length <= min(len(frame) - _LENGTH.size, _MAX_HEADER_BYTES):
+        raise ProtocolError(f"a frame of {len(frame)} bytes names a header of {length}")
+    view = memoryview(frame)
+    try:
+        header = _decoder.decode(view[_LENGTH.size : _LENGTH.size + length])
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"the header of a frame cannot be read: {error}") from error
+    return header, view[_LENGTH.size + length :]
