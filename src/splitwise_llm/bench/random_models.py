@@ -16,7 +16,7 @@ from splitwise_llm.errors import UserError
 
 TINY: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {
-        "model_type": "gpt2", "n_layer": 3, "n_embd": 64, "n_head": 4, "vocab_size": 199, "n_positions": 256,
+        "model_type": "gpt2", "n_layer": 3, "n_embd": 64, "n_head": 4, "vocab_size": 599, "n_positions": 256,
     },
     "llama": {
         "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,

@@ -19,7 +19,7 @@ from splitwise_llm.decision import Decision
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.memory import peak_memory_bytes
 from splitwise_llm.engine.post import Post
-from splitwise_llm.engine.walk import Request, Sampled, Walker
+from splitwise_llm.engine.walk import Choose, Request, Sampled, Walker
 from splitwise_llm.engine.worker import check_length
 from splitwise_llm.errors import (
     BrokenInvariant,
@@ -99,8 +99,10 @@ class Edge:
         sampling: Sampling | None = None,
         stop_ids: Sequence[int] | None = None,
         loss: ElementLoss | None = None,
+        choose: Choose | None = None,
     ) -> Generation:
-        """One generation, to be entered as a context and iterated. `policy` may be a partition or its text.
+        """One generation, to be entered as a context and iterated. `policy` may be a partition or its text;
+        `choose` replaces sampling, where the head is on the device.
 
         Raises UserError now; entering it raises what opening the session meets.
         """
@@ -117,7 +119,7 @@ class Edge:
             policy = Decision(policy)
         if isinstance(policy, Decision):
             policy = Always(policy)
-        return Generation(self, ids, policy, request)
+        return Generation(self, ids, policy, request, choose)
 
     async def connect(self, name: str) -> Link:
         """A fresh link to a worker. Raises Unreachable."""
@@ -140,8 +142,9 @@ class _Worker:
 class Generation:
     """One prompt being answered. After the last token, `record` says how it went."""
 
-    def __init__(self, edge: Edge, prompt: list[int], policy: Policy, request: Request) -> None:
+    def __init__(self, edge: Edge, prompt: list[int], policy: Policy, request: Request, choose: Choose | None) -> None:
         self._edge, self._prompt, self._policy, self._request = edge, prompt, policy, request
+        self._choose = choose
         self._workers: dict[int, _Worker] = {}
         self._tokens: asyncio.Queue[Token | None] = asyncio.Queue()
         self._driving: asyncio.Task[None] | None = None
@@ -213,8 +216,8 @@ class Generation:
             welcome = await _answer(name, link, Welcome)
             if welcome.protocol != messages.PROTOCOL_VERSION:
                 raise PeerMismatch(
-                    f"{name} ({link.peer}) speaks protocol {welcome.protocol}, this device {messages.PROTOCOL_VERSION}; "
-                    "install the same version on both"
+                    f"{name} ({link.peer}) speaks protocol {welcome.protocol}, "
+                    f"this device {messages.PROTOCOL_VERSION}; install the same version on both"
                 )
             if welcome.fingerprint != mine:
                 raise PeerMismatch(
@@ -243,6 +246,8 @@ class Generation:
     async def _open_all(self, unreachable: Mapping[int, SplitwiseError]) -> None:
         """Open the session on every machine the decision uses; say good-bye to the others."""
         partition = self.decision.partition
+        if self._choose and partition.head != DEVICE:
+            raise RequestError("tokens can only be chosen here where the head is on the device: add head=edge")
         for number in partition.machines:
             if number in unreachable:
                 raise unreachable[number]
@@ -287,9 +292,16 @@ class Generation:
         """Walk and take in frames until the last token, then collect what the workers counted."""
         links = {number: worker.link for number, worker in self._workers.items()}
         request = self._request
-        post = Post(DEVICE, self._plan, links, request.prompt_tokens, request.max_new_tokens)
+        post = Post(DEVICE, self._plan, links, self._edge.names, request.prompt_tokens, request.max_new_tokens)
         walker = Walker(
-            self._plan, request, self._share, self._edge.machine, post, prompt=self._prompt, on_token=self._take
+            self._plan,
+            request,
+            self._share,
+            self._edge.machine,
+            post,
+            prompt=self._prompt,
+            on_token=self._take,
+            choose=self._choose,
         )
         pumps = [asyncio.create_task(self._pump(post, number)) for number in self._workers]
         try:
@@ -312,10 +324,6 @@ class Generation:
             if not isinstance(header, Closed):
                 raise _unexpected(worker.name, worker.link, header, Closed)
             worker.closed = header
-        except LinkDied as error:
-            lost = LinkDied(f"{worker.name} was lost in mid-generation: {error}")
-            post.fail(lost)
-            raise lost from error
         except SplitwiseError as error:
             post.fail(error)
             raise

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from splitwise_llm.errors import ProtocolError, RequestError, SplitwiseError
+from splitwise_llm.errors import LinkDied, ProtocolError, RequestError, SplitwiseError
 from splitwise_llm.plan import Crossings, Kind, Move, Plan, Step, crossings
 from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.messages import Data, Header, pack, unpack
@@ -22,8 +22,16 @@ IDS = "ids"
 class Post:
     """Moves in and out of machine `me`. `links` leads to every machine this one can reach by itself."""
 
-    def __init__(self, me: int, plan: Plan, links: Mapping[int, Link], prompt_tokens: int, max_new_tokens: int) -> None:
-        self.me, self.plan, self.links = me, plan, links
+    def __init__(
+        self,
+        me: int,
+        plan: Plan,
+        links: Mapping[int, Link],
+        names: Sequence[str],
+        prompt_tokens: int,
+        max_new_tokens: int,
+    ) -> None:
+        self.me, self.plan, self.links, self._names = me, plan, links, names
         self._prompt_tokens = prompt_tokens
         self._num_steps = plan.num_steps(prompt_tokens, max_new_tokens)
         self._moves = {(move.after, move.kind.value, move.src, move.dst): move for move in plan.moves}
@@ -58,6 +66,8 @@ class Post:
         self.last_active_s = time.monotonic()
         try:
             await self.links[hop].send(frame)
+        except LinkDied as error:
+            raise self._lost(hop, error) from error
         except RequestError as error:  # the link's frame limit; only prefill activations come near it
             raise RequestError(f"{error}; use a smaller prefill chunk") from error
 
@@ -79,12 +89,21 @@ class Post:
         Raises ProtocolError for data that the plan does not call for, LinkDied.
         """
         link = self.links[peer]
-        while (frame := await link.receive()) is not None:
+        while (frame := await self._next(link, peer)) is not None:
             header, payload = unpack(frame)
             if not isinstance(header, Data):
                 return header
             await self._accept(header, payload, frame, peer)
         return None
+
+    async def _next(self, link: Link, peer: int) -> bytes | None:
+        try:
+            return await link.receive()
+        except LinkDied as error:
+            raise self._lost(peer, error) from error
+
+    def _lost(self, peer: int, error: LinkDied) -> LinkDied:
+        return LinkDied(f"{self._names[peer]} was lost in mid-generation: {error}")
 
     async def _accept(self, header: Data, payload: memoryview, frame: bytes, peer: int) -> None:
         self.last_active_s = time.monotonic()
@@ -102,7 +121,8 @@ class Post:
         rows = self.plan.rows(move, step)
         if rows == 0 or (header.dtype, header.rows, header.columns) != (wanted[0], rows, wanted[1]):
             raise ProtocolError(
-                f"{what}: got {header.dtype} ({header.rows}, {header.columns}), expected {wanted[0]} ({rows}, {wanted[1]})"
+                f"{what}: got {header.dtype} ({header.rows}, {header.columns}), "
+                f"expected {wanted[0]} ({rows}, {wanted[1]})"
             )
         if len(payload) != self.plan.payload_bytes(move, rows):
             raise ProtocolError(f"{what}: got {len(payload)} bytes, expected {self.plan.payload_bytes(move, rows)}")

@@ -50,6 +50,8 @@ class Sampled:
     depth: int
 
 
+Choose = Callable[[Tensor, int], int]
+"""From logits (vocab,), fp32, and a position, the token at that position."""
 OnToken = Callable[[Sampled], None]
 
 
@@ -78,6 +80,8 @@ class Walker:
     """The ids; only the device has them."""
     on_token: OnToken | None = None
     """Called on the device for each token, in order."""
+    choose: Choose | None = None
+    """Replaces sampling where the head is on this machine."""
     intervals: list[Interval] = field(default_factory=list)
 
     @property
@@ -189,8 +193,7 @@ class Walker:
             x = self._residual(one)
             x = self.share.run(x, stage.start, stage.stop, self._at(one))
             if stage.head and one.step.emits:
-                position = one.step.start + one.step.count
-                return x, b"", sample(self.share.logits(x), self.request.sampling, position)
+                return x, b"", self._choose(self.share.logits(x), one.step.start + one.step.count)
             return (*self._encode_residual(index, one, x), None)
 
         x, payload, token = await self._compute(work, one, index, stage)
@@ -261,6 +264,9 @@ class Walker:
         return codec.round_trip(x, self.plan.decision.wire), payload
 
     # Small things
+
+    def _choose(self, logits: Tensor, position: int) -> int:
+        return self.choose(logits, position) if self.choose else sample(logits, self.request.sampling, position)
 
     def _outgoing(self, index: int, kind: Kind) -> list[Move]:
         return [move for move in self.plan.moves_after(index) if move.kind is kind and move.src == self.me]

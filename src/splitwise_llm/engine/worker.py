@@ -104,7 +104,14 @@ class Worker:
         partition = plan.decision.partition
         share = await self.machine.open_share(key, name, partition, opening.machine, capacity)
         try:
-            post = Post(opening.machine, plan, {DEVICE: link}, request.prompt_tokens, request.max_new_tokens)
+            post = Post(
+                opening.machine,
+                plan,
+                {DEVICE: link},
+                opening.names,
+                request.prompt_tokens,
+                request.max_new_tokens,
+            )
             walker = Walker(plan, request, share, self.machine, post)
             await link.send(pack(Opened(load_s=time.monotonic() - start)))
             log.info("session %s from %s: %s", opening.session, link.peer, partition.text(opening.names))
