@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +21,9 @@ from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError, SplitwiseError
 from splitwise_llm.spec import Dtype, Weights, parse_emulation
 from splitwise_llm.units import parse_bytes
+
+if TYPE_CHECKING:
+    from splitwise_llm.bench.figures import Figures
 
 app = typer.Typer(
     name="splitwise",
@@ -327,3 +331,49 @@ def demo(
     )
     if any(record.token_ids != reference for record in records.values()) and not wire.is_quantised:
         sys.exit(1)
+
+
+Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds, after one that is thrown away.")]
+Tokens = Annotated[int, typer.Option(min=3, help="Tokens per run.")]
+
+
+def _report(figures: Figures, json_file: Path | None) -> None:
+    from splitwise_llm.report import figures_table  # noqa: PLC0415
+
+    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
+    out.print(figures_table(f"bench {figures.bench}", figures.figures, figures.notes))
+    out.print(f"load average {load} on {os.cpu_count()} processors; {figures.settings}", markup=False)
+    _write_json(json_file, figures.to_dict())
+
+
+def _tell(text: str) -> None:
+    out.print(f"... {text}", style="dim", markup=False)
+
+
+@bench.command()
+def exactness(
+    partitions: Annotated[int, typer.Option(min=1, help="Random partitions per model.")] = 24,
+    tokens: Tokens = 64,
+    text: Annotated[Path | None, typer.Option(help="Held-out text; default: the bundled excerpt.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Logits and tokens of any partition against Hugging Face, and the nats that lossy choices cost."""
+    from splitwise_llm.bench.exactness import run_exactness  # noqa: PLC0415
+
+    _report(asyncio.run(run_exactness(partitions, tokens, text, _tell)), json_file)
+
+
+@bench.command()
+def overhead(rounds: Rounds = 9, tokens: Tokens = 32, json_file: JsonFile = None) -> None:
+    """A split over unsplit, and unsplit over Hugging Face, per token, one thread per process."""
+    from splitwise_llm.bench.overhead import run_overhead  # noqa: PLC0415
+
+    _report(asyncio.run(run_overhead(rounds, tokens, _tell)), json_file)
+
+
+@bench.command("link")
+def bench_link(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = None) -> None:
+    """What a split takes over a 20 ms, 20 Mbit/s link, over the least it could take."""
+    from splitwise_llm.bench.link import run_link  # noqa: PLC0415
+
+    _report(asyncio.run(run_link(rounds, tokens, _tell)), json_file)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import assert_same_as_reference
 from strategies import NAMES, partitions
 from torch import Tensor
 
+from splitwise_llm.bench.in_process import in_process
 from splitwise_llm.bench.random_models import TINY
+from splitwise_llm.bench.reference import compare
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.engine import walk
 from splitwise_llm.model.checkpoint import Checkpoint, locate
@@ -74,7 +74,7 @@ def test_the_unsplit_model_is_hugging_faces(family: str, tiny: Callable[[str], P
     spec = Checkpoint(directory).architecture.spec
     record = asyncio.run(run(directory, Decision(Partition.all_on(spec, 0)), PROMPT, 64))
     assert len(set(record.token_ids)) >= 16, "a run that repeats itself would prove nothing"
-    assert_same_as_reference(directory, PROMPT, record.token_ids, seen)
+    assert compare(directory, PROMPT, record.token_ids, seen).is_same
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -89,7 +89,7 @@ def test_any_partition_is_hugging_faces(
     decision = Decision(data.draw(partitions(spec)), prefill_chunk=chunk)
     seen.clear()
     record = asyncio.run(run(directory, decision, PROMPT, 12))
-    assert_same_as_reference(directory, PROMPT, record.token_ids, seen)
+    assert compare(directory, PROMPT, record.token_ids, seen).is_same
 
 
 @pytest.mark.parametrize("text", EVERY_KIND)
@@ -99,7 +99,7 @@ def test_the_bundled_model_on_a_real_prompt(text: str, seen: list[Tensor]) -> No
     partition = Partition.parse(text, Checkpoint(directory).architecture.spec, NAMES)
     prompt = list(range(300, 340))
     record = asyncio.run(run(directory, Decision(partition, prefill_chunk=16), prompt, 32))
-    assert_same_as_reference(directory, prompt, record.token_ids, seen)
+    assert compare(directory, prompt, record.token_ids, seen).is_same
 
 
 @pytest.mark.parametrize("wire", WirePrecision)

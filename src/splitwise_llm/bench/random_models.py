@@ -73,6 +73,7 @@ def make_model(directory: Path, config: Mapping[str, Any], seed: int = 0, max_sh
     with torch.no_grad():
         for name, weight in model.named_parameters():
             _fill(name, weight)
+    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return directory
 

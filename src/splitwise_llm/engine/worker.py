@@ -16,7 +16,7 @@ from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.memory import peak_memory_bytes
 from splitwise_llm.engine.post import Post
-from splitwise_llm.engine.walk import Request, Walker
+from splitwise_llm.engine.walk import Choose, Request, Walker
 from splitwise_llm.errors import (
     PeerError,
     PeerMismatch,
@@ -39,10 +39,12 @@ GREETING_S = 10.0
 
 
 class Worker:
-    """Serves sessions on a machine; `handle` is what a server runs for each link."""
+    """Serves sessions on a machine; `handle` is what a server runs for each link. `choose` replaces sampling."""
 
-    def __init__(self, machine: Machine, *, max_sessions: int = 16, idle_s: float = 300.0) -> None:
-        self.machine, self.max_sessions, self.idle_s = machine, max_sessions, idle_s
+    def __init__(
+        self, machine: Machine, *, max_sessions: int = 16, idle_s: float = 300.0, choose: Choose | None = None
+    ) -> None:
+        self.machine, self.max_sessions, self.idle_s, self._choose = machine, max_sessions, idle_s, choose
         self._sessions = 0
 
     async def handle(self, link: Link) -> None:
@@ -112,7 +114,7 @@ class Worker:
                 request.prompt_tokens,
                 request.max_new_tokens,
             )
-            walker = Walker(plan, request, share, self.machine, post)
+            walker = Walker(plan, request, share, self.machine, post, choose=self._choose)
             await link.send(pack(Opened(load_s=time.monotonic() - start)))
             log.info("session %s from %s: %s", opening.session, link.peer, partition.text(opening.names))
             if await self._until_closed(link, walker, post):

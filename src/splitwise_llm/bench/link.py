@@ -1,0 +1,80 @@
+"""How close a split comes to what the link allows: compute, plus round trips times RTT, plus bytes over rate."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from splitwise_llm import plan as plans
+from splitwise_llm.bench.figures import Figures, interleaved
+from splitwise_llm.bench.overhead import NO_WORDS, PROMPT, Tell
+from splitwise_llm.bench.processes import shaped_link, worker
+from splitwise_llm.bench.random_models import OVERHEAD_LLAMA, make_model
+from splitwise_llm.decision import Decision
+from splitwise_llm.engine.edge import Edge, edge_with
+from splitwise_llm.partition import Partition
+from splitwise_llm.spec import ModelSpec
+from splitwise_llm.units import parse_rate, parse_seconds
+
+RTT, RATE = "20ms", "20mbit"
+
+
+def link_partitions(spec: ModelSpec) -> dict[str, Partition]:
+    """The modes whose bounds are measured, the unsplit one for its compute."""
+    layers = spec.num_layers
+    return {
+        "unsplit": Partition.all_on(spec, 0),
+        "cut": Partition.cut(spec, layers / 2),
+        "u": Partition.u_shape(spec, layers // 4, layers // 4),
+        "cloud": Partition.all_on(spec, 1),
+    }
+
+
+def network_s_per_token(spec: ModelSpec, partition: Partition) -> float:
+    """The least the network adds per token: round trips times RTT plus the payload over the rate."""
+    plan = plans.compile(Decision(partition), spec, 2)
+    one, two = (sum(c.payload_bytes for c in plan.traffic(len(PROMPT), out)) for out in (2, 3))
+    return plan.round_trips_per_token * parse_seconds(RTT) + (two - one) / parse_rate(RATE)
+
+
+async def run_link(rounds: int, tokens: int, tell: Tell) -> Figures:
+    """`over_bound_cut`, `over_bound_u` and `over_bound_cloud`; TTFT apart."""
+    settings: dict[str, object] = {"rounds": rounds, "tokens": tokens, "rtt": RTT, "rate": RATE}
+    result = Figures("link", settings | {"threads_per_process": 1})
+    torch.set_num_threads(1)
+    tell("making a random Llama of the size of GPT-2 small")
+    with tempfile.TemporaryDirectory() as place:
+        directory = make_model(Path(place), OVERHEAD_LLAMA)
+        (directory / "tokenizer.json").write_text(NO_WORDS)
+        with worker(str(directory)) as cloud, shaped_link(cloud.address, "--rtt", RTT, "--rate", RATE) as link:
+            with edge_with(str(directory), {"cloud": link.address}) as edge:
+                await _measure(result, edge, rounds, tokens, tell)
+    return result
+
+
+async def _measure(result: Figures, edge: Edge, rounds: int, tokens: int, tell: Tell) -> None:
+    spec = edge.machine.spec
+    partitions = link_partitions(spec)
+    ttft: dict[str, list[float]] = {name: [] for name in partitions}
+
+    async def once(name: str) -> float:
+        async with edge.generate(PROMPT, partitions[name], max_new_tokens=tokens, stop_ids=()) as generation:
+            async for _ in generation:
+                pass
+        ttft[name].append(generation.record.ttft_s)
+        return generation.record.tpot_s
+
+    times = await interleaved({name: partial(once, name) for name in partitions}, rounds, tell)
+    for name, partition in partitions.items():
+        if name != "unsplit":
+            network = network_s_per_token(spec, partition)
+            over = [
+                measured / (compute + network) for measured, compute in zip(times[name], times["unsplit"], strict=True)
+            ]
+            result.add_median(f"over_bound_{name}", over)
+    for name, values in times.items():
+        result.add_median(f"{name}_ms_per_token", [1e3 * value for value in values])
+        result.add_median(f"{name}_ttft_ms", [1e3 * value for value in ttft[name][1:]], "prefill, one chunk")
