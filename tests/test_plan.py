@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import NAMES, decisions, model_specs
 
 from splitwise_llm import plan as plans
 from splitwise_llm.decision import Decision, WirePrecision
@@ -13,6 +12,7 @@ from splitwise_llm.errors import PartitionError, RequestError
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import Kind, Plan, Serial, Shared
 from splitwise_llm.spec import ModelSpec
+from strategies import NAMES, decisions, model_specs
 
 SPEC = ModelSpec("llama", 8, 64, 8, 4, 16, 256, 100, 128, 3, True)
 SHARED_3 = "edge[0:3] edge+cloud[3] edge[4:8]"

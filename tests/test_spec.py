@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import model_specs
 
 from splitwise_llm import cost
 from splitwise_llm.errors import ModelError, SpecError
 from splitwise_llm.partition import Part, Partition
 from splitwise_llm.spec import DeviceSpec, Dtype, LinkSpec, ModelSpec, Weights, parse_emulation
 from splitwise_llm.units import parse_bytes, parse_rate, parse_seconds, show_bytes
+from strategies import model_specs
 
 LLAMA_7B = {
     "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,6 +97,13 @@ def _pairs(items: list[str] | None, what: str, example: str) -> dict[str, str]:
     return pairs
 
 
+def _two(pair: str) -> tuple[str, str]:
+    first, plus, second = pair.partition("+")
+    if not plus or not first or not second:
+        raise RequestError(f"--direct {pair!r}: write two workers, as in cloud+third")
+    return first, second
+
+
 def _write_json(path: Path | None, data: object) -> None:
     if path:
         path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
@@ -137,6 +145,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
     loss: Annotated[float, typer.Option(help="Probability that an element is lost on the wire.")] = 0.0,
     link: Annotated[list[str] | None, typer.Option(help="Shape a link, as 'cloud=rtt=20ms rate=20mbit'.")] = None,
+    direct: Annotated[list[str] | None, typer.Option(help="Workers that reach each other, as cloud+third.")] = None,
     dtype: DtypeOption = Dtype.FP32,
     weights: WeightsOption = Weights.FULL,
     threads: Threads = 1,
@@ -158,10 +167,11 @@ def generate(
     shapes = {n: LinkShape.parse(s) for n, s in _pairs(link, "--link", "'cloud=rtt=20ms rate=20mbit'").items()}
     reach = LinkTo(addresses, tls=device_files(tls) if tls else None, shapes=shapes)
     sampling = Sampling(temperature, top_k, top_p, seed)
+    pairs = [_two(pair) for pair in direct or []]
 
     async def work() -> None:
         options = _machine_options(memory, emulate)
-        with edge_with(model, reach, dtype=dtype, weights=weights, threads=threads, **options) as edge:
+        with edge_with(model, reach, dtype=dtype, weights=weights, threads=threads, direct=pairs, **options) as edge:
             decision = Decision(edge.partition(partition), wire, chunk or None)
             async with edge.generate(
                 text, decision, max_new_tokens=max_new_tokens, sampling=sampling, loss=ElementLoss(loss, seed)
@@ -201,7 +211,7 @@ def worker(
     from splitwise_llm.engine.machine import Machine  # noqa: PLC0415
     from splitwise_llm.engine.worker import Worker  # noqa: PLC0415
     from splitwise_llm.model.checkpoint import Checkpoint, locate  # noqa: PLC0415
-    from splitwise_llm.wire.grpc_link import serve  # noqa: PLC0415
+    from splitwise_llm.wire.grpc_link import dial, serve  # noqa: PLC0415
     from splitwise_llm.wire.keys import worker_files  # noqa: PLC0415
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -211,7 +221,8 @@ def worker(
     async def work() -> None:
         checkpoint = Checkpoint(locate(model))
         with Machine(checkpoint, dtype=dtype, weights=weights, threads=threads, **options) as machine:
-            serving = Worker(machine, max_sessions=max_sessions, idle_s=idle)
+            connect = partial(dial, tls=files)
+            serving = Worker(machine, max_sessions=max_sessions, idle_s=idle, connect=connect)
             server = await serve(
                 listen,
                 serving.handle,

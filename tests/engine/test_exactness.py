@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from strategies import NAMES, partitions
 from torch import Tensor
 
 from splitwise_llm.bench.in_process import in_process
@@ -23,6 +22,7 @@ from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.partition import Partition
 from splitwise_llm.records import RequestRecord
 from splitwise_llm.wire.codec import ElementLoss
+from strategies import NAMES, partitions
 
 PROMPT = [17, 3, 99, 54, 180, 7, 61, 120, 33, 2, 88]
 
@@ -54,7 +54,7 @@ async def run(
         return generation.record
 
 
-@pytest.fixture()
+@pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The logits that were sampled from, wherever in this process the head was."""
     logits: list[Tensor] = []

@@ -60,15 +60,14 @@ def peak(directory: Path, partition: str, *options: str) -> tuple[int, float]:
     """Peak memory of a worker process in one short generation, and the bytes it was assigned."""
 
     async def play() -> tuple[int, float]:
-        with worker(str(directory), *options) as cloud:
-            with edge_with(str(directory), {"cloud": cloud.address}) as edge:
-                async with edge.generate([1, 2, 3, 4], partition, max_new_tokens=3, stop_ids=()) as generation:
-                    async for _ in generation:
-                        pass
-                weights = Weights(options[1]) if options else Weights.FULL
-                dtype = Dtype(options[3]) if options else Dtype.FP32
-                assigned = cost.assigned_weight_bytes(edge.machine.spec, edge.partition(partition), 1, dtype, weights)
-                return generation.record.machines[1].peak_memory_bytes, assigned
+        with worker(str(directory), *options) as cloud, edge_with(str(directory), {"cloud": cloud.address}) as edge:
+            async with edge.generate([1, 2, 3, 4], partition, max_new_tokens=3, stop_ids=()) as generation:
+                async for _ in generation:
+                    pass
+            weights = Weights(options[1]) if options else Weights.FULL
+            dtype = Dtype(options[3]) if options else Dtype.FP32
+            assigned = cost.assigned_weight_bytes(edge.machine.spec, edge.partition(partition), 1, dtype, weights)
+            return generation.record.machines[1].peak_memory_bytes, assigned
 
     return asyncio.run(play())
 

@@ -13,7 +13,7 @@ from splitwise_llm.bench.in_process import in_process
 from splitwise_llm.bench.processes import worker
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.engine.edge import Edge, edge_with
-from splitwise_llm.engine.walk import GREEDY
+from splitwise_llm.engine.walk import GREEDY, NO_LOSS
 from splitwise_llm.model.checkpoint import locate
 from splitwise_llm.model.sampling import Sampling, sample
 from splitwise_llm.wire.codec import ElementLoss
@@ -42,6 +42,29 @@ async def logits_and_tokens(edge: Edge, decision: Decision, loss: ElementLoss) -
         async for _ in generation:
             pass
     return seen, generation.record.token_ids
+
+
+@pytest.mark.parametrize("direct", [(), (("cloud", "third"),)])
+@pytest.mark.parametrize("wire", [WirePrecision.FP32, WirePrecision.INT8])
+def test_workers_with_a_link_of_their_own_spare_the_device_the_relay(
+    direct: tuple[tuple[str, str], ...], wire: WirePrecision, addresses: dict[str, str]
+) -> None:
+    async def play() -> None:
+        with edge_with("bundled", addresses, direct=direct) as edge:
+            decision = Decision(edge.partition("edge[0:2] cloud[2:4] third[4:6] cloud+third[6:8] head=edge"), wire)
+            real = await logits_and_tokens(edge, decision, NO_LOSS)
+            async with edge.generate(PROMPT, decision, max_new_tokens=4, stop_ids=()) as generation:
+                async for _ in generation:
+                    pass
+        relayed = {(c.src, c.dst) for c in generation.record.crossings if c.kind == "residual" and c.after == 1}
+        assert relayed == ({(1, 2)} if direct else {(1, 0), (0, 2)})
+        assert generation.record.round_trips_per_token == generation._plan.round_trips_per_token
+        async with in_process(locate("bundled"), direct=direct) as edge:
+            alone = await logits_and_tokens(edge, decision, NO_LOSS)
+        assert real[1] == alone[1]
+        assert all(torch.equal(a, b) for a, b in zip(real[0], alone[0], strict=True))
+
+    asyncio.run(play())
 
 
 @pytest.mark.parametrize("wire", WirePrecision)

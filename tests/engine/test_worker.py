@@ -87,7 +87,7 @@ async def said(link: Link) -> messages.Header:
     return unpack(frame)[0]
 
 
-@pytest.fixture()
+@pytest.fixture
 def lab(tiny: Callable[[str], Path]) -> Callable[[Callable[[Lab], object]], None]:
     checkpoint = Checkpoint(tiny("llama"))
 
@@ -318,12 +318,12 @@ def test_a_worker_that_dies_in_mid_generation_is_named(tiny: Callable[[str], Pat
                 await worker.handle(link)
 
             edge, _ = edge_to(checkpoint, machine, serve)
-            with pytest.raises(LinkDied, match="cloud was lost in mid-generation"):
-                async with edge.generate([1, 2, 3], "edge[0:2] cloud[2:4]", stop_ids=()) as generation:
-                    async for _token in generation:
-                        ends[0].kill()
+            async with edge.generate([1, 2, 3], "edge[0:2] cloud[2:4]", stop_ids=()) as generation:
+                async for _token in generation:
+                    ends[0].kill()
 
-    asyncio.run(play())
+    with pytest.raises(LinkDied, match="cloud was lost in mid-generation"):
+        asyncio.run(play())
 
 
 def test_a_machine_that_nobody_needs_may_be_down(tiny: Callable[[str], Path]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitwise_llm.bench.random_models import TINY
+from splitwise_llm.bench.random_models import TINY, make_model
 from splitwise_llm.errors import ModelError
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.families import Architecture
@@ -113,8 +113,6 @@ def test_what_the_arithmetic_does_not_cover_is_refused(change: dict[str, object]
 
 
 def test_a_sharded_checkpoint_reads_like_a_whole_one(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    from splitwise_llm.bench.random_models import make_model
-
     make_model(tmp_path, TINY["llama"], seed=len("llama"), max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert Checkpoint(tmp_path).fingerprint == Checkpoint(tiny("llama")).fingerprint

@@ -48,9 +48,11 @@ async def judge(directory: Path, decision: Decision, prompt: list[int], tokens: 
         return sample(values, GREEDY, position)
 
     mine = record if decision.partition.head == 0 else None
-    async with in_process(directory, choose=record) as edge:
-        async with edge.generate(prompt, decision, max_new_tokens=tokens, stop_ids=(), choose=mine) as generation:
-            ids = [token.id async for token in generation]
+    async with (
+        in_process(directory, choose=record) as edge,
+        edge.generate(prompt, decision, max_new_tokens=tokens, stop_ids=(), choose=mine) as generation,
+    ):
+        ids = [token.id async for token in generation]
     return compare(directory, prompt, ids, logits)
 
 
@@ -78,7 +80,7 @@ async def run_exactness(partitions: int, tokens: int, text: Path | None, tell: T
 
 async def _judge_model(directory: Path, count: int, tokens: int) -> list[Verdict]:
     spec = Checkpoint(directory).architecture.spec
-    dice = random.Random(0)  # noqa: S311 - reproducible, not secret
+    dice = random.Random(0)
     prompt = [dice.randrange(spec.vocab_size) for _ in range(24)]
     decisions = [Decision(Partition.all_on(spec, 0))]
     decisions += [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ async def in_process(
     dtype: Dtype = Dtype.FP32,
     weights: Weights = Weights.FULL,
     choose: Choose | None = None,
+    direct: Iterable[tuple[str, str]] = (),
 ) -> AsyncIterator[Edge]:
     """The one-process run of any plan: a device and workers joined by in-memory links. `choose` replaces the
     workers' sampling; the device's is an argument of `generate`."""
@@ -31,13 +32,10 @@ async def in_process(
     serving: set[asyncio.Task[None]] = set()
     with Machine(checkpoint, dtype=dtype, weights=weights) as device:
         async with AsyncExitStack() as stack:
-            machines = {
-                name: stack.enter_context(Machine(checkpoint, dtype=dtype, weights=weights)) for name in workers
-            }
-            served = {name: Worker(machine, choose=choose) for name, machine in machines.items()}
+            served: dict[str, Worker] = {}
 
             async def connect(name: str) -> Link:
-                near, far = memory_pair(("device", name))
+                near, far = memory_pair(("peer", name))
 
                 async def serve() -> None:
                     await served[name].handle(far)
@@ -48,5 +46,8 @@ async def in_process(
                 task.add_done_callback(serving.discard)
                 return near
 
-            yield Edge(device, workers, connect)
+            for name in workers:
+                machine = stack.enter_context(Machine(checkpoint, dtype=dtype, weights=weights))
+                served[name] = Worker(machine, connect=connect, choose=choose)
+            yield Edge(device, workers, connect, {pair: pair[1] for pair in direct})
             await asyncio.gather(*serving)

@@ -49,9 +49,12 @@ async def run_link(rounds: int, tokens: int, tell: Tell) -> Figures:
     with tempfile.TemporaryDirectory() as place:
         directory = make_model(Path(place), OVERHEAD_LLAMA)
         (directory / "tokenizer.json").write_text(NO_WORDS)
-        with worker(str(directory)) as cloud, shaped_link(cloud.address, "--rtt", RTT, "--rate", RATE) as link:
-            with edge_with(str(directory), {"cloud": link.address}) as edge:
-                await _measure(result, edge, rounds, tokens, tell)
+        with (
+            worker(str(directory)) as cloud,
+            shaped_link(cloud.address, "--rtt", RTT, "--rate", RATE) as link,
+            edge_with(str(directory), {"cloud": link.address}) as edge,
+        ):
+            await _measure(result, edge, rounds, tokens, tell)
     return result
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from splitwise_llm.errors import UserError
+from splitwise_llm.bench.reference import transformers
 
 TINY: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {
@@ -62,18 +62,13 @@ def make_model(directory: Path, config: Mapping[str, Any], seed: int = 0, max_sh
 
     Raises UserError when `transformers`, which writes the files, is not installed.
     """
-    try:
-        import transformers  # noqa: PLC0415 - the reference implementation, no part of the run-time path
-    except ImportError as error:
-        raise UserError("random models are made by the transformers package: pip install transformers") from error
     settings = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None, **config}
     torch.manual_seed(seed)
-    reference: Any = transformers.AutoModelForCausalLM
-    model = reference.from_config(transformers.AutoConfig.for_model(**settings), dtype=torch.float32)
+    library = transformers()
+    model = library.AutoModelForCausalLM.from_config(library.AutoConfig.for_model(**settings), dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             _fill(name, weight)
-    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return directory
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,22 @@ TOLERANCE = 5e-5
 
 
 @cache
-def hugging_face(directory: Path) -> Any:
-    """The reference model of a directory, fp32. Raises UserError when `transformers` is not installed."""
+def transformers() -> Any:
+    """The reference implementation, silent; no part of the run-time path. Raises UserError when it is not
+    installed."""
     try:
-        import transformers  # noqa: PLC0415 - the reference implementation, no part of the run-time path
+        library: Any = import_module("transformers")
     except ImportError as error:
-        raise UserError("the reference is the transformers package: pip install transformers") from error
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        raise UserError("this needs the transformers package: pip install transformers") from error
+    library.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+    return library
+
+
+@cache
+def hugging_face(directory: Path) -> Any:
+    """The reference model of a directory, fp32. Raises UserError."""
+    return transformers().AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -66,14 +66,25 @@ class Token:
 
 
 class Edge:
-    """A device with a model and the names of the workers it can reach. Closing it closes its machine."""
+    """A device with a model and the names of the workers it can reach. Closing it closes its machine.
 
-    def __init__(self, machine: Machine, workers: Sequence[str] = (), connect: Connect | None = None) -> None:
+    `direct` gives, for a pair of workers with a link of their own, the address at which the first reaches
+    the second.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        workers: Sequence[str] = (),
+        connect: Connect | None = None,
+        direct: Mapping[tuple[str, str], str] | None = None,
+    ) -> None:
         if EDGE in workers or len(set(workers)) != len(workers):
             raise RequestError(f"machine names must differ from each other and from '{EDGE}': {', '.join(workers)}")
         self.machine = machine
         self.names = (EDGE, *workers)
         self._connect = connect
+        self.direct = {(self._number(a), self._number(b)): address for (a, b), address in (direct or {}).items()}
         self.tokenizer = Tokenizer(machine.checkpoint.directory)
 
     def __enter__(self) -> Self:
@@ -85,6 +96,11 @@ class Edge:
     def close(self) -> None:
         """End the machine's compute thread."""
         self.machine.close()
+
+    def _number(self, name: str) -> int:
+        if name not in self.names[1:]:
+            raise RequestError(f"unknown worker {name!r}; the workers are {', '.join(self.names[1:]) or 'none'}")
+        return self.names.index(name)
 
     def partition(self, text: str) -> Partition:
         """Read a partition of this model over these machines. Raises PartitionError."""
@@ -253,8 +269,11 @@ class Generation:
                 raise unreachable[number]
         for number in set(self._workers) - set(partition.machines):
             await self._workers.pop(number).link.close()
-        self._plan = plans.compile(self.decision, self._edge.machine.spec, len(self._edge.names))
-        session = uuid.uuid4().hex[:8]
+        self._direct = {
+            pair: address for pair, address in self._edge.direct.items() if set(pair) <= set(partition.machines)
+        }
+        self._plan = plans.compile(self.decision, self._edge.machine.spec, len(self._edge.names), self._direct)
+        session = uuid.uuid4().hex  # whoever knows it may join, so it is not short
         opening = [self._open(session, number, worker) for number, worker in self._workers.items()]
         capacity = self._request.prompt_tokens + self._request.max_new_tokens
         self._share, _ = await asyncio.gather(
@@ -281,6 +300,8 @@ class Generation:
                     seed=request.sampling.seed,
                     element_loss=request.loss.probability,
                     loss_seed=request.loss.seed,
+                    direct=list(self._direct),
+                    dial={second: address for (first, second), address in self._direct.items() if first == number},
                 )
             )
         )
@@ -436,9 +457,11 @@ def edge_with(
     threads: int = 1,
     memory_bytes: int | None = None,
     emulate: float | DeviceSpec | None = None,
+    direct: Iterable[tuple[str, str]] = (),
 ) -> Edge:
     """The device end of a model (`bundled`, a directory or a hub id) with workers at `host:port`, by name.
 
+    `direct` names pairs of workers that reach each other, the second at the address given for it here.
     Close it, or use it as a context manager. Raises ModelError, RequestError.
     """
     reach = workers if isinstance(workers, LinkTo) else LinkTo(workers)
@@ -446,4 +469,5 @@ def edge_with(
     machine = Machine(
         checkpoint, dtype=dtype, weights=weights, threads=threads, memory_bytes=memory_bytes, emulate=emulate
     )
-    return Edge(machine, tuple(reach.addresses), reach)
+    pairs = {(a, b): reach.addresses.get(b, "") for a, b in direct}
+    return Edge(machine, tuple(reach.addresses), reach, pairs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from splitwise_llm.errors import LinkDied, ProtocolError, RequestError, SplitwiseError
 from splitwise_llm.plan import Crossings, Kind, Move, Plan, Step, crossings
@@ -26,7 +26,7 @@ class Post:
         self,
         me: int,
         plan: Plan,
-        links: Mapping[int, Link],
+        links: dict[int, Link],
         names: Sequence[str],
         prompt_tokens: int,
         max_new_tokens: int,

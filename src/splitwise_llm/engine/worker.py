@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from types import UnionType
+from typing import get_args
 
 from splitwise_llm import plan as plans
 from splitwise_llm.decision import Decision, WirePrecision
@@ -30,8 +32,9 @@ from splitwise_llm.partition import Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.wire import messages
 from splitwise_llm.wire.codec import ElementLoss
+from splitwise_llm.wire.grpc_link import dial
 from splitwise_llm.wire.link import Link
-from splitwise_llm.wire.messages import Close, Closed, Failed, Header, Hello, Open, Opened, Welcome, pack, unpack
+from splitwise_llm.wire.messages import Close, Closed, Failed, Header, Hello, Join, Open, Opened, Welcome, pack, unpack
 
 log = logging.getLogger(__name__)
 GREETING_S = 10.0
@@ -39,12 +42,21 @@ GREETING_S = 10.0
 
 
 class Worker:
-    """Serves sessions on a machine; `handle` is what a server runs for each link. `choose` replaces sampling."""
+    """Serves sessions on a machine; `handle` is what a server runs for each link. `connect` opens a direct link
+    to another worker by its address; `choose` replaces sampling."""
 
     def __init__(
-        self, machine: Machine, *, max_sessions: int = 16, idle_s: float = 300.0, choose: Choose | None = None
+        self,
+        machine: Machine,
+        *,
+        max_sessions: int = 16,
+        idle_s: float = 300.0,
+        connect: Callable[[str], Awaitable[Link]] = dial,
+        choose: Choose | None = None,
     ) -> None:
         self.machine, self.max_sessions, self.idle_s, self._choose = machine, max_sessions, idle_s, choose
+        self._connect = connect
+        self._posts: dict[str, Post] = {}
         self._sessions = 0
 
     async def handle(self, link: Link) -> None:
@@ -60,11 +72,17 @@ class Worker:
             await _tell(link, WorkerFailed(f"internal error, see the worker's log ({type(error).__name__}: {error})"))
 
     async def _session(self, link: Link) -> None:
-        if not await self._greet(link):
-            return
-        opening = await _expect(link, Open, self.idle_s)
-        if opening is None:
-            return
+        first = await _expect(link, Hello | Join, GREETING_S)
+        if isinstance(first, Join):
+            await self._join(link, first)
+        elif isinstance(first, Hello):
+            await self._greet(link, first)
+            opening = await _expect(link, Open, self.idle_s)
+            if isinstance(opening, Open):
+                await self._open(link, opening)
+
+    async def _open(self, link: Link, opening: Open) -> None:
+        """One device's session. Raises SplitwiseError."""
         if self._sessions >= self.max_sessions:
             raise WorkerFailed(f"all {self.max_sessions} sessions are taken; try again later or use another worker")
         self._sessions += 1
@@ -73,11 +91,31 @@ class Worker:
         finally:
             self._sessions -= 1
 
-    async def _greet(self, link: Link) -> bool:
-        """Exchange who we are. False when the device left. Raises PeerMismatch."""
-        hello = await _expect(link, Hello, GREETING_S)
-        if hello is None:
-            return False
+    async def _join(self, link: Link, join: Join) -> None:
+        """Another worker of a session that is open here, or will be in a moment. Raises PeerError."""
+        deadline = time.monotonic() + GREETING_S
+        while (post := self._posts.get(join.session)) is None:
+            if time.monotonic() > deadline:
+                raise ProtocolError("a worker asked to join a session that is not open here")
+            await asyncio.sleep(0.01)
+        if (join.machine, post.me) not in post.plan.direct or join.machine in post.links:
+            raise ProtocolError(f"machine {join.machine} is not to be reached directly in this session")
+        post.links[join.machine] = link
+        await link.send(pack(Opened(load_s=0.0)))
+        await self._neighbour(post, join.machine)
+
+    async def _neighbour(self, post: Post, machine: int) -> None:
+        """Take in what another worker sends until it closes; its failure is the session's."""
+        try:
+            header = await post.pump(machine)
+            if header is not None:
+                raise ProtocolError(f"got {type(header).__name__} on a direct link, expected data")
+        except SplitwiseError as error:
+            post.fail(error)
+            raise
+
+    async def _greet(self, link: Link, hello: Hello) -> None:
+        """Say who we are, then look at who asked. Raises PeerMismatch."""
         machine, mine = self.machine, self.machine.checkpoint.fingerprint
         await link.send(
             pack(
@@ -96,7 +134,6 @@ class Worker:
             raise PeerMismatch(f"the device speaks protocol {hello.protocol}, this worker {messages.PROTOCOL_VERSION}")
         if hello.fingerprint != mine:
             raise PeerMismatch(f"the device holds model {hello.fingerprint}, this worker {mine}")
-        return True
 
     async def _run(self, link: Link, opening: Open) -> None:
         plan, request = self._read(opening)
@@ -105,22 +142,32 @@ class Worker:
         start = time.monotonic()
         partition = plan.decision.partition
         share = await self.machine.open_share(key, name, partition, opening.machine, capacity)
+        dialled: dict[int, Link] = {}
         try:
-            post = Post(
-                opening.machine,
-                plan,
-                {DEVICE: link},
-                opening.names,
-                request.prompt_tokens,
-                request.max_new_tokens,
-            )
+            links = {DEVICE: link}
+            post = Post(opening.machine, plan, links, opening.names, request.prompt_tokens, request.max_new_tokens)
+            self._posts[opening.session] = post
+            await self._reach(opening, dialled)
+            links |= dialled
             walker = Walker(plan, request, share, self.machine, post, choose=self._choose)
             await link.send(pack(Opened(load_s=time.monotonic() - start)))
-            log.info("session %s from %s: %s", opening.session, link.peer, partition.text(opening.names))
-            if await self._until_closed(link, walker, post):
+            log.info("session from %s: %s", link.peer, partition.text(opening.names))
+            if await self._until_closed(walker, post, list(dialled)):
                 await link.send(pack(_closed(walker, post)))
         finally:
+            self._posts.pop(opening.session, None)
             self.machine.release(key)
+            await asyncio.gather(*(other.close() for other in dialled.values()), return_exceptions=True)
+
+    async def _reach(self, opening: Open, dialled: dict[int, Link]) -> None:
+        """Open the direct links this worker is to open. Raises PeerError."""
+        for machine, address in opening.dial.items():
+            dialled[machine] = await self._connect(address)
+            await dialled[machine].send(pack(Join(opening.session, opening.machine)))
+            answer = await _expect(dialled[machine], Opened | Failed, GREETING_S)
+            if not isinstance(answer, Opened):
+                why = answer.message if isinstance(answer, Failed) else "it closed the link"
+                raise WorkerFailed(f"{opening.names[machine]} ({address}) does not join: {why}")
 
     def _read(self, opening: Open) -> tuple[plans.Plan, Request]:
         """What a session asks for, checked against the model. Raises UserError."""
@@ -139,13 +186,14 @@ class Worker:
             Sampling(opening.temperature, opening.top_k, opening.top_p, opening.seed),
             ElementLoss(opening.element_loss, opening.loss_seed),
         )
-        return plans.compile(decision, spec, len(opening.names)), request
+        return plans.compile(decision, spec, len(opening.names), opening.direct), request
 
-    async def _until_closed(self, link: Link, walker: Walker, post: Post) -> bool:
+    async def _until_closed(self, walker: Walker, post: Post, neighbours: list[int]) -> bool:
         """Walk while frames come in. True when the device closed the session in words. Raises SplitwiseError."""
         walking = asyncio.create_task(walker.run())
         pumping = asyncio.create_task(post.pump(DEVICE))
         watching = asyncio.create_task(self._watch_idle(post))
+        others = [asyncio.create_task(self._neighbour(post, machine)) for machine in neighbours]
         try:
             await asyncio.wait({walking, pumping, watching}, return_when=asyncio.FIRST_COMPLETED)
             if walking.done() and not pumping.done():
@@ -155,9 +203,9 @@ class Worker:
                 watching.result()
             header = pumping.result()
         finally:
-            await _end(walking, pumping, watching)
+            await _end(walking, pumping, watching, *others)
         if header is None:
-            log.info("%s left", link.peer)
+            log.info("%s left", post.links[DEVICE].peer)
             return False
         if isinstance(header, Failed):
             raise ProtocolError(f"the device gave up: {header.message}")
@@ -197,19 +245,23 @@ def _closed(walker: Walker, post: Post) -> Closed:
     return Closed(crossed, intervals, peak_memory_bytes(), post.frame_bytes)
 
 
-async def _expect(link: Link, kind: type[messages.H], within_s: float) -> messages.H | None:
+async def _expect(link: Link, kind: type[messages.H] | UnionType, within_s: float) -> Header | None:
     """The next frame, which must be of this kind; None when the peer closes. Raises ProtocolError."""
     try:
         async with asyncio.timeout(within_s):
             frame = await link.receive()
     except TimeoutError:
-        raise ProtocolError(f"no {kind.__name__} came within {within_s:g} s") from None
+        raise ProtocolError(f"no {_name(kind)} came within {within_s:g} s") from None
     if frame is None:
         return None
     header, _ = unpack(frame)
     if not isinstance(header, kind):
-        raise ProtocolError(f"got {type(header).__name__}, expected {kind.__name__}")
+        raise ProtocolError(f"got {type(header).__name__}, expected {_name(kind)}")
     return header
+
+
+def _name(kind: type | UnionType) -> str:
+    return " or ".join(one.__name__ for one in get_args(kind)) or getattr(kind, "__name__", "")
 
 
 async def _tell(link: Link, error: SplitwiseError) -> None:

@@ -64,12 +64,23 @@ class Open(_Header, frozen=True, tag="open"):
     seed: int
     element_loss: float
     loss_seed: int
+    direct: list[tuple[int, int]] = []
+    """Pairs of workers that reach each other without the device."""
+    dial: dict[int, str] = {}
+    """Address of each machine that this worker is to dial for such a pair."""
 
 
 class Opened(_Header, frozen=True, tag="opened"):
     """Worker to device: the slices are resident."""
 
     load_s: float
+
+
+class Join(_Header, frozen=True, tag="join"):
+    """Worker to worker, first on a direct link: which session it is for, and who speaks. The answer is Opened."""
+
+    session: str
+    machine: MachineNumber
 
 
 class Data(_Header, frozen=True, tag="data"):
@@ -128,7 +139,7 @@ class Failed(_Header, frozen=True, tag="failed"):
 
 
 H = TypeVar("H", bound=_Header)
-Header = Hello | Welcome | Open | Opened | Data | Close | Closed | Failed
+Header = Hello | Welcome | Open | Opened | Join | Data | Close | Closed | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Header] = msgspec.msgpack.Decoder(Header)
