@@ -129,6 +129,13 @@ def test_a_generation_behind_a_stand_alone_shaped_link(cloud: str) -> None:
     asyncio.run(play())
 
 
+def test_a_message_over_the_workers_limit_is_refused_with_the_remedy() -> None:
+    with worker("bundled", "--max-message", "50kB") as process:
+        machine = ("--machine", f"cloud={process.address}", "--partition", "edge[0:4] cloud[4:8]", "-n", "3", "-q")
+        assert "smaller prefill chunk" in refused("generate", *machine, "word " * 100)
+        assert splitwise("generate", *machine, "--chunk", "16", "word " * 100).returncode == 0
+
+
 def test_mutual_tls_from_keys_to_tokens(tmp_path: Path) -> None:
     keys = str(tmp_path / "keys")
     assert splitwise("keys", "--out", keys, "--host", "localhost").returncode == 0

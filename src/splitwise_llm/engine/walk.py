@@ -17,10 +17,9 @@ from torch import Tensor
 from splitwise_llm import cost
 from splitwise_llm.engine.machine import Machine, T
 from splitwise_llm.engine.post import Post
-from splitwise_llm.errors import ProtocolError
+from splitwise_llm.errors import ProtocolError, RequestError
 from splitwise_llm.model.sampling import Sampling, sample
 from splitwise_llm.model.share import Positions, Share
-from splitwise_llm.partition import Part
 from splitwise_llm.plan import DEVICE, Kind, Move, Plan, Serial, Shared, Stage, Step
 from splitwise_llm.records import Interval
 from splitwise_llm.spec import DeviceSpec
@@ -40,6 +39,22 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     sampling: Sampling = GREEDY
     loss: ElementLoss = NO_LOSS
+
+    def check(self, max_context: int) -> None:
+        """Raise RequestError unless prompt and answer fit the model's context."""
+        if self.prompt_tokens < 1:
+            raise RequestError("the prompt is empty; give at least one token")
+        if self.max_new_tokens < 1:
+            raise RequestError(f"{self.max_new_tokens} new tokens were asked for; expected at least 1")
+        if self.prompt_tokens >= max_context:
+            raise RequestError(
+                f"the prompt has {self.prompt_tokens} tokens, the model's context {max_context}; shorten the prompt"
+            )
+        if self.prompt_tokens + self.max_new_tokens > max_context:
+            raise RequestError(
+                f"{self.prompt_tokens} prompt tokens and {self.max_new_tokens} new ones exceed the model's context of "
+                f"{max_context}; ask for at most {max_context - self.prompt_tokens}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +202,6 @@ class Walker:
             await one.before[index].wait()
 
     async def _serial(self, one: _Pass, index: int, stage: Serial) -> Sampled | None:
-        moves = self._outgoing(index, Kind.RESIDUAL)
-
         def work() -> tuple[Tensor, bytes, int | None]:
             x = self._residual(one)
             x = self.share.run(x, stage.start, stage.stop, self._at(one))
@@ -201,7 +214,7 @@ class Walker:
             one.done[index].set()
         if token is not None:
             return Sampled(token, one.depth)
-        await self._send_residual(one, index, moves, x, payload)
+        await self._send_residual(one, index, x, payload)
         return None
 
     async def _shared(self, one: _Pass, index: int, stage: Shared) -> None:
@@ -238,14 +251,14 @@ class Walker:
             partials = [own if m == self.me else self._decode(others[m], own.shape[0]) for m in stage.machines]
             return self.share.join(x, partials, stage.half)
 
-        one.pending = joined
-        if any(move.kind is Kind.RESIDUAL for move in self.plan.moves_after(index)):
-            moves = self._outgoing(index, Kind.RESIDUAL)
-            result, payload = await self._compute(lambda: self._encode_residual(index, one, joined()), one, index, None)
-            await self._send_residual(one, index, moves, result, payload)
+        if not any(move.kind is Kind.RESIDUAL for move in self.plan.moves_after(index)):
+            one.pending = joined
+            return
+        result, payload = await self._compute(lambda: self._encode_residual(index, one, joined()), one, index, None)
+        await self._send_residual(one, index, result, payload)
 
-    async def _send_residual(self, one: _Pass, index: int, moves: list[Move], x: Tensor, payload: bytes) -> None:
-        for move in moves:
+    async def _send_residual(self, one: _Pass, index: int, x: Tensor, payload: bytes) -> None:
+        for move in self._outgoing(index, Kind.RESIDUAL):
             if self.plan.rows(move, one.step):
                 await self.post.send(move, one.step, payload, one.depth)
         one.pending = lambda: x
@@ -301,31 +314,14 @@ class Walker:
         """Run on the compute thread, and note when."""
 
         def predicted(device: DeviceSpec) -> float:
-            return stage_seconds(self.machine, device, stage, self.me, one.step) if stage else 0.0
+            if stage is None:
+                return 0.0  # additions, of no weight beside the products around them
+            machine = self.machine
+            return cost.stage_seconds(machine.spec, device, stage, self.me, one.step, machine.dtype, machine.weights)
 
         done = await self.machine.compute(work, predicted)
         self.intervals.append(Interval(index, one.step.index, done.start_s, done.stop_s))
         return done.value
-
-
-def stage_seconds(machine: Machine, device: DeviceSpec, stage: Stage, me: int, step: Step) -> float:
-    """What a stage takes on a device, by its roofline: sub-blocks one after the other, and the head."""
-    spec = machine.spec
-    shared = isinstance(stage, Shared)
-    halves = [stage.half] if isinstance(stage, Shared) else list(range(stage.start, stage.stop))
-    total = 0.0
-    for half in halves:
-        part = Part.FFN if half % 2 else Part.ATTENTION
-        units = spec.num_ffn_shards if half % 2 else spec.num_kv_heads
-        if isinstance(stage, Shared):
-            units = next(len(share.units) for share in stage.shares if share.machine == me)
-        context = step.start + step.count
-        flop = units * cost.unit_flop(spec, part, step.count, context)
-        memory = units * cost.unit_memory_bytes(spec, part, context, machine.dtype, machine.weights)
-        total += device.seconds(flop, memory)
-    if not shared and isinstance(stage, Serial) and stage.head and step.emits:
-        total += device.seconds(cost.head_flop(spec), cost.table_bytes(spec, machine.dtype, machine.weights))
-    return total
 
 
 def _ids_out(ids: Sequence[int]) -> bytes:

@@ -125,6 +125,7 @@ class Worker:
                     dtype=machine.dtype,
                     weights=machine.weights,
                     memory_bytes=machine.memory_bytes,
+                    max_frame_bytes=link.max_frame_bytes,
                     threads=machine.threads,
                     emulated=machine.emulated,
                 )
@@ -176,7 +177,6 @@ class Worker:
             raise ProtocolError(f"this worker cannot be machine {opening.machine} of {len(opening.names)}")
         if opening.wire not in list(WirePrecision):
             raise RequestError(f"unknown wire precision {opening.wire!r}; known are {', '.join(WirePrecision)}")
-        check_length(opening.prompt_tokens, opening.max_new_tokens, spec.max_context)
         partition = Partition.from_bytes(opening.partition, spec)
         decision = Decision(partition, WirePrecision(opening.wire), opening.prefill_chunk or None)
         request = Request(
@@ -186,6 +186,7 @@ class Worker:
             Sampling(opening.temperature, opening.top_k, opening.top_p, opening.seed),
             ElementLoss(opening.element_loss, opening.loss_seed),
         )
+        request.check(spec.max_context)
         return plans.compile(decision, spec, len(opening.names), opening.direct), request
 
     async def _until_closed(self, walker: Walker, post: Post, neighbours: list[int]) -> bool:
@@ -220,23 +221,6 @@ class Worker:
             await asyncio.sleep(left)
             left = post.last_active_s + self.idle_s - time.monotonic()
         raise WorkerFailed(f"nothing was sent or received for {self.idle_s:g} s; the session is closed")
-
-
-def check_length(prompt_tokens: int, max_new_tokens: int, max_context: int) -> None:
-    """Raise RequestError unless prompt and answer fit the model's context."""
-    if prompt_tokens < 1:
-        raise RequestError("the prompt is empty; give at least one token")
-    if max_new_tokens < 1:
-        raise RequestError(f"{max_new_tokens} new tokens were asked for; expected at least 1")
-    if prompt_tokens >= max_context:
-        raise RequestError(
-            f"the prompt has {prompt_tokens} tokens, the model's context {max_context}; shorten the prompt"
-        )
-    if prompt_tokens + max_new_tokens > max_context:
-        raise RequestError(
-            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the model's context of {max_context}; "
-            f"ask for at most {max_context - prompt_tokens}"
-        )
 
 
 def _closed(walker: Walker, post: Post) -> Closed:

@@ -26,6 +26,9 @@ class Link(ABC):
     peer: str
     """Who is at the other end, for messages to people: a name and an address."""
 
+    max_frame_bytes: int
+    """What `send` refuses to exceed; may be lowered when the peer says that it takes less."""
+
     @abstractmethod
     async def send(self, frame: bytes) -> None:
         """Hand over one frame; returns when the link has accepted it, which may be before it arrived.

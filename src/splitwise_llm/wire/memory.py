@@ -77,11 +77,11 @@ class MemoryLink(Link):
 
     def __init__(self, peer: str, max_frame_bytes: int) -> None:
         self.peer = peer
-        self._max_frame_bytes = max_frame_bytes
+        self.max_frame_bytes = max_frame_bytes
         self._inbox = FrameQueue()
 
     async def send(self, frame: bytes) -> None:
-        refuse_oversize(frame, self._max_frame_bytes)
+        refuse_oversize(frame, self.max_frame_bytes)
         self._inbox.check_open()
         self._other._inbox.put(frame)
         await asyncio.sleep(0)  # as on a real link, others get a turn

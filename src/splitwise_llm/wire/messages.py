@@ -40,6 +40,7 @@ class Welcome(_Header, frozen=True, tag="welcome"):
     dtype: str
     weights: str
     memory_bytes: int
+    max_frame_bytes: Count
     threads: int
     emulated: str
     """What `--emulate` was given, empty for a machine that plays itself."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 from splitwise_llm.errors import LinkDied
-from splitwise_llm.wire.link import MAX_FRAME_BYTES, Link, refuse_oversize
+from splitwise_llm.wire.link import Link, refuse_oversize
 from splitwise_llm.wire.pacing import QUEUE_BYTES, LaneQueue, LinkClock
 from splitwise_llm.wire.shaper import LinkShape
 
@@ -27,7 +27,7 @@ class ShapedLink(Link):
     def __init__(
         self, link: Link, shape: LinkShape, clock: LinkClock | None = None, queue_bytes: int = QUEUE_BYTES
     ) -> None:
-        self.peer = link.peer
+        self.peer, self.max_frame_bytes = link.peer, link.max_frame_bytes
         self.clock = clock or LinkClock()
         self._own_clock = clock is None
         self._link = link
@@ -38,7 +38,7 @@ class ShapedLink(Link):
         self._closed = False  # on this side
 
     async def send(self, frame: bytes) -> None:
-        refuse_oversize(frame, MAX_FRAME_BYTES)
+        refuse_oversize(frame, self.max_frame_bytes)
         if self._closed:
             raise LinkDied(f"the link to {self.peer} was closed on this side; open another one")
         self._start()
