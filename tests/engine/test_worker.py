@@ -276,8 +276,8 @@ def edge_to(checkpoint: Checkpoint, machine: Machine, serve: Callable[[Link], ob
 @pytest.mark.parametrize(
     ("answer", "error", "says"),
     [
-        (Welcome(9, "", "fp32", "full", 0, 1, ""), PeerMismatch, "protocol 9"),
-        (Welcome(1, "other", "fp32", "full", 0, 1, ""), PeerMismatch, "same --model"),
+        (Welcome(9, "", "fp32", "full", 0, 0, 1, ""), PeerMismatch, "protocol 9"),
+        (Welcome(1, "other", "fp32", "full", 0, 0, 1, ""), PeerMismatch, "same --model"),
         (Failed("MemoryTooSmall", "cloud would hold 5 GB"), MemoryTooSmall, "5 GB"),
         (Failed("WorkerFailed", "all 1 sessions are taken"), WorkerFailed, "all 1 sessions"),
         (Close(), messages.ProtocolError, "expected Welcome"),

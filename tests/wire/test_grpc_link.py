@@ -178,7 +178,7 @@ def test_a_server_at_its_limit_refuses_the_next_link_until_one_has_ended() -> No
     async def body() -> None:
         async with await serve(LOOPBACK, echo, max_links=2) as server:
             links = [await dial(server.address) for _ in range(2)]
-            with pytest.raises(WorkerFailed, match=r"2 links.*--max-links"):
+            with pytest.raises(WorkerFailed, match=r"2 links.*--max-sessions"):
                 await dial(server.address, name="cloud")
             for link in links:
                 await link.send(b"unharmed")

@@ -139,6 +139,7 @@ def test_a_reader_who_does_not_read_holds_the_far_side_back() -> None:
 
         class Endless(Link):
             peer = "worker"
+            max_frame_bytes = 2**20
 
             async def send(self, frame: bytes) -> None: ...
 
@@ -247,6 +248,7 @@ def test_an_error_that_is_no_death_ends_the_link_for_the_receiver_too() -> None:
     async def scenario() -> None:
         near, _far = memory_pair(max_frame_bytes=10)
         link = ShapedLink(near, LinkShape())
+        link.max_frame_bytes = 100  # more than the link below takes
         await link.send(bytes(11))
         with pytest.raises(RequestError):
             await link.receive()

@@ -166,6 +166,7 @@ class Generation:
                     f"{name} ({link.peer}) holds model {welcome.fingerprint}, this device {mine}; "
                     "start both with the same --model"
                 )
+            link.max_frame_bytes = min(link.max_frame_bytes, welcome.max_frame_bytes)
             return _Worker(name, link, welcome, time.monotonic() - start)
         except BaseException:
             await link.close()
