@@ -109,6 +109,10 @@ def _write_json(path: Path | None, data: object) -> None:
         path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
+def _tell(text: str) -> None:
+    out.print(f"... {text}", style="dim", markup=False)
+
+
 async def _until_told(stop_with_stdin: bool) -> None:
     """Returns on SIGINT, SIGTERM, or, if asked, when standard input ends."""
     loop = asyncio.get_running_loop()
@@ -299,6 +303,7 @@ def demo(
     json_file: JsonFile = None,
 ) -> None:
     """Run one prompt in five partitions over two processes and a shaped link; the tokens must agree."""
+    _tell("loading torch")
     from splitwise_llm.bench.demo import DemoOptions, Show, run_demo  # noqa: PLC0415
     from splitwise_llm.model.sampling import Sampling  # noqa: PLC0415
     from splitwise_llm.partition import Partition  # noqa: PLC0415
@@ -319,7 +324,7 @@ def demo(
         out.print(f"\n({said}, {record.round_trips_per_token:g} round trips per token)", style="dim")
 
     show = Show(
-        step=lambda text: out.print(f"... {text}", style="dim"),
+        step=_tell,
         begin=begin,
         token=lambda text: out.print(text, end="", markup=False),
         end=end,
@@ -355,10 +360,6 @@ def _report(figures: Figures, json_file: Path | None) -> None:
     out.print(figures_table(f"bench {figures.bench}", figures.figures, figures.notes))
     out.print(f"load average {load} on {os.cpu_count()} processors; {figures.settings}", markup=False)
     _write_json(json_file, figures.to_dict())
-
-
-def _tell(text: str) -> None:
-    out.print(f"... {text}", style="dim", markup=False)
 
 
 @bench.command()
