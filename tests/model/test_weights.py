@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +85,17 @@ def test_the_fingerprint_tells_fine_tunes_apart(tiny: Callable[[str], Path], tmp
     data[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(data)
     assert Checkpoint(tmp_path).fingerprint != Checkpoint(source).fingerprint
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama-gqa-tied"])
+def test_the_fingerprint_is_the_same_in_every_process(family: str, tiny: Callable[[str], Path]) -> None:
+    code = (
+        "import sys; from splitwise_llm.model.checkpoint import Checkpoint; print(Checkpoint(sys.argv[1]).fingerprint)"
+    )
+    for seed in ("1", "2"):  # sets and their like are ordered differently in each process
+        command = [sys.executable, "-c", code, str(tiny(family))]
+        said = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True)
+        assert said.stdout.decode().strip() == Checkpoint(tiny(family)).fingerprint
 
 
 def test_a_missing_or_misshapen_tensor_is_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:

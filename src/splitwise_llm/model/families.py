@@ -121,8 +121,8 @@ class Architecture:
     norm: Norm
     norm_eps: float
     activation: Activation
-    biased: frozenset[str]
-    """Which of q, k, v, o, gate, up, down carry a bias."""
+    biased: tuple[str, ...]
+    """Which of q, k, v, o, gate, up, down carry a bias, sorted: the fingerprint covers this text."""
     rope: Rope | None
     """None: learned positions, added to the embedding."""
 
@@ -178,7 +178,7 @@ def _gpt2(spec: ModelSpec, config: Mapping[str, Any], tensor_names: frozenset[st
         norm=Norm.LAYER,
         norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
         activation=_activation({"activation_function": "gelu_new", **config}, "activation_function"),
-        biased=frozenset(("q", "k", "v", "o", "up", "down")),
+        biased=("down", "k", "o", "q", "up", "v"),
         rope=None,
     )
 
@@ -213,7 +213,7 @@ def _llama_like(spec: ModelSpec, config: Mapping[str, Any], _: frozenset[str]) -
         norm=Norm.RMS,
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         activation=_activation({"hidden_act": "silu", **config}, "hidden_act"),
-        biased=frozenset(biased),
+        biased=tuple(sorted(biased)),
         rope=_rope(config),
     )
 
