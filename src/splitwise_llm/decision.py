@@ -40,8 +40,6 @@ class Decision:
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
             raise RequestError(f"prefill chunk is {self.prefill_chunk}; expected at least 1 position, or none")
 
-    def chunks(self, prompt_tokens: int) -> tuple[int, ...]:
-        """Lengths of the prefill chunks of a prompt, in order."""
-        size = self.prefill_chunk or prompt_tokens
-        full, rest = divmod(prompt_tokens, size)
-        return (size,) * full + ((rest,) if rest else ())
+    def num_chunks(self, prompt_tokens: int) -> int:
+        """Into how many chunks a prompt is prefilled."""
+        return -(-prompt_tokens // (self.prefill_chunk or prompt_tokens))

@@ -170,15 +170,16 @@ class Plan:
 
     def step(self, index: int, prompt_tokens: int) -> Step:
         """Step number `index` of a request: a prefill chunk, or the decode step after token `index - chunks`."""
-        chunks = self.decision.chunks(prompt_tokens)
-        if index < len(chunks):
-            last = index == len(chunks) - 1
-            return Step(index, sum(chunks[:index]), chunks[index], emits=last, is_prefill=True)
-        return Step(index, prompt_tokens + index - len(chunks), 1, emits=True, is_prefill=False)
+        chunks = self.decision.num_chunks(prompt_tokens)
+        if index >= chunks:
+            return Step(index, prompt_tokens + index - chunks, 1, emits=True, is_prefill=False)
+        size = self.decision.prefill_chunk or prompt_tokens
+        count = min(size, prompt_tokens - index * size)
+        return Step(index, index * size, count, emits=index == chunks - 1, is_prefill=True)
 
     def num_steps(self, prompt_tokens: int, tokens_out: int) -> int:
         """The prefill chunks, then one decode step for each generated token but the last."""
-        return len(self.decision.chunks(prompt_tokens)) + tokens_out - 1
+        return self.decision.num_chunks(prompt_tokens) + tokens_out - 1
 
     def traffic(self, prompt_tokens: int, tokens_out: int) -> tuple[Crossings, ...]:
         """Every crossing of a request, each leg counted, in a fixed order."""

@@ -88,10 +88,9 @@ class Generation:
         self._device, self._prompt, self._policy, self._request = device, prompt, policy, request
         self._choose = choose
         self._workers: dict[int, _Worker] = {}
-        self._tokens: asyncio.Queue[Token | None] = asyncio.Queue()
+        self._tokens: asyncio.Queue[tuple[Sampled, float] | None] = asyncio.Queue()
         self._driving: asyncio.Task[None] | None = None
-        self._text = TextStream(device.tokenizer)
-        self._arrived: list[tuple[Sampled, float, str]] = []
+        self._arrived: list[tuple[Sampled, float]] = []
         self._start_s = 0.0
         self._open_s = 0.0
         self._record: RequestRecord | None = None
@@ -127,8 +126,14 @@ class Generation:
         await self._leave()
 
     async def __aiter__(self) -> AsyncIterator[Token]:
-        while (token := await self._tokens.get()) is not None:
-            yield token
+        stream, count = TextStream(self._device.tokenizer), 0
+        while (arrived := await self._tokens.get()) is not None:
+            # Decoded here and not on arrival: the next step does not wait for text.
+            (sampled, at_s), count = arrived, count + 1
+            text = stream.push(sampled.id)
+            if count == self._request.max_new_tokens or sampled.id in self._request.stop_ids:
+                text += stream.finish()
+            yield Token(sampled.id, text, at_s)
         if self._driving:
             await self._driving  # raises what ended it, if anything did
 
@@ -278,12 +283,9 @@ class Generation:
             raise
 
     def _take(self, sampled: Sampled) -> None:
-        at_s = time.monotonic() - self._start_s
-        text = self._text.push(sampled.id)
-        if len(self._arrived) + 1 == self._request.max_new_tokens or sampled.id in self._request.stop_ids:
-            text += self._text.finish()
-        self._arrived.append((sampled, at_s, text))
-        self._tokens.put_nowait(Token(sampled.id, text, at_s))
+        arrived = (sampled, time.monotonic() - self._start_s)
+        self._arrived.append(arrived)
+        self._tokens.put_nowait(arrived)
 
     def _account(self, walker: Walker, post: Post) -> RequestRecord:
         """The record, with everyone's counts. Raises BrokenInvariant if they are not the plan's."""
@@ -307,15 +309,16 @@ class Generation:
         planned = self._plan.traffic(self._request.prompt_tokens, len(self._arrived))
         if tuple(crossings) != planned:
             raise BrokenInvariant(f"the session sent {crossings}, its plan says {planned}")
-        times = [at_s for _, at_s, _ in self._arrived]
+        times = [at_s for _, at_s in self._arrived]
         later = max(len(times) - 1, 1)
-        depths = [sampled.depth for sampled, *_ in self._arrived]
+        depths = [sampled.depth for sampled, _ in self._arrived]
+        ids = [sampled.id for sampled, _ in self._arrived]
         return RequestRecord(
             partition=self.decision.partition.text(self._device.names),
             wire=self.decision.wire,
             prompt_tokens=self._request.prompt_tokens,
-            token_ids=tuple(sampled.id for sampled, *_ in self._arrived),
-            text="".join(text for *_, text in self._arrived),
+            token_ids=tuple(ids),
+            text=self._device.tokenizer.decode(ids),
             open_s=self._open_s,
             ttft_s=times[0],
             tpot_s=(times[-1] - times[0]) / later,

@@ -62,6 +62,8 @@ class Machine:
         self._memory_limit = memory_bytes
         self._resident = Resident(checkpoint, dtype, weights, self.device)
         self._needs: dict[object, tuple[Need, float]] = {}
+        self._busy = 0
+        torch.set_num_threads(threads)
         # One thread: sessions queue for the processor instead of fighting over it, and the event loop stays free.
         self._executor = ThreadPoolExecutor(1, "compute", initializer=torch.set_num_threads, initargs=(threads,))
 
@@ -133,10 +135,23 @@ class Machine:
         self._needs.pop(key, None)
 
     async def compute(
-        self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None = None
+        self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None = None, here: bool = False
     ) -> Computed[T]:
         """Run `work` on the compute thread. Where `predicted` is given, an emulated machine sleeps on until the
-        time its device would have taken is up."""
+        time its device would have taken is up.
+
+        `here` asks for this thread instead, which spares two thread switches, about 0.3 ms when the caches are
+        full of weights; granted when nothing is being computed or emulated.
+        """
+        if here and not self._busy and self.emulate is None:
+            return self._run(work, None)
+        self._busy += 1
+        try:
+            return await self._on_thread(work, predicted)
+        finally:
+            self._busy -= 1
+
+    async def _on_thread(self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None) -> Computed[T]:
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._run, work, predicted)
 
     def _run(self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None) -> Computed[T]:

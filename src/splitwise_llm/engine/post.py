@@ -9,14 +9,27 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from splitwise_llm.errors import LinkDied, ProtocolError, RequestError, SplitwiseError
-from splitwise_llm.plan import Crossings, Kind, Move, Plan, Step, crossings
+from splitwise_llm.plan import DEVICE, Crossings, Kind, Move, Plan, Step, crossings
 from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.messages import Data, Header, pack, unpack
 
 _Key = tuple[int, int, str, int]
 IDS = "ids"
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How one move looks here, worked out once: its format, where it goes first, and from whom to whom it passes."""
+
+    move: Move
+    dtype: str
+    columns: int
+    first_hop: int
+    onward: dict[int, int | None]
+    """From which neighbour it may come, and to whom it goes on; None: it stays."""
 
 
 class Post:
@@ -32,9 +45,10 @@ class Post:
         max_new_tokens: int,
     ) -> None:
         self.me, self.plan, self.links, self._names = me, plan, links, names
+        self._relays = any(len(plan.legs(move.src, move.dst)) > 1 for move in plan.moves) and me == DEVICE
         self._prompt_tokens = prompt_tokens
         self._num_steps = plan.num_steps(prompt_tokens, max_new_tokens)
-        self._moves = {(move.after, move.kind.value, move.src, move.dst): move for move in plan.moves}
+        self._forms = {(move.after, move.kind.value, move.src, move.dst): self._form(move) for move in plan.moves}
         self._arrived: dict[_Key, tuple[Data, memoryview]] = {}
         self._awaited: dict[_Key, asyncio.Future[tuple[Data, memoryview]]] = {}
         self._seen: set[_Key] = set()
@@ -44,19 +58,32 @@ class Post:
         self.frame_bytes = 0
         self.last_active_s = time.monotonic()
 
+    def _form(self, move: Move) -> _Form:
+        activations = move.kind in (Kind.RESIDUAL, Kind.PARTIAL)
+        dtype, columns = (self.plan.decision.wire.value, self.plan.d_model) if activations else (IDS, 1)
+        legs = self.plan.legs(move.src, move.dst)
+        hops = [hop for _, hop in legs[1:]] + [None]
+        onward = {src: hop for (src, dst), hop in zip(legs, hops, strict=True) if dst == self.me}
+        return _Form(move, dtype, columns, legs[0][1], onward)
+
     @property
     def crossings(self) -> tuple[Crossings, ...]:
         """What this machine has sent, relays included."""
         return crossings(self._counts, self._sizes)
 
+    @property
+    def may_block(self) -> bool:
+        """Whether nothing stands still while this machine's event loop does: no relay, no link that lives on it."""
+        return not self._relays and not any(link.lives_on_loop for link in self.links.values())
+
     async def send(self, move: Move, step: Step, payload: bytes, depth: int) -> None:
         """Send one move of a step. Raises LinkDied."""
+        form = self._forms[move.after, move.kind.value, move.src, move.dst]
         rows = self.plan.rows(move, step)
-        activations = move.kind in (Kind.RESIDUAL, Kind.PARTIAL)
-        dtype, columns = (self.plan.decision.wire.value, self.plan.d_model) if activations else (IDS, 1)
-        header = Data(step.index, move.after, move.kind, move.src, move.dst, depth, dtype, rows, columns)
-        hop = self.plan.legs(move.src, move.dst)[0][1]
-        await self._send(hop, move, pack(header, payload), len(payload))
+        header = Data(
+            step.index, move.after, move.kind.value, move.src, move.dst, depth, form.dtype, rows, form.columns
+        )
+        await self._send(form.first_hop, move, pack(header, payload), len(payload))
 
     async def _send(self, hop: int, move: Move, frame: bytes, payload_bytes: int) -> None:
         key = (move.after, move.kind, self.me, hop)
@@ -107,33 +134,30 @@ class Post:
 
     async def _accept(self, header: Data, payload: memoryview, frame: bytes, peer: int) -> None:
         self.last_active_s = time.monotonic()
-        move = self._moves.get((header.after, header.kind, header.src, header.dst))
-        what = f"{header.kind} after stage {header.after} of step {header.step} from machine {header.src}"
-        if move is None or header.step >= self._num_steps:
-            raise ProtocolError(f"{what}: no such message in this plan")
-        step = self.plan.step(header.step, self._prompt_tokens)
-        legs = self.plan.legs(move.src, move.dst)
-        leg = next((number for number, pair in enumerate(legs) if pair == (peer, self.me)), None)
-        if leg is None:
-            raise ProtocolError(f"{what}: it does not come by way of machine {peer}")
-        wanted = (self.plan.decision.wire.value, self.plan.d_model)
-        wanted = wanted if move.kind in (Kind.RESIDUAL, Kind.PARTIAL) else (IDS, 1)
-        rows = self.plan.rows(move, step)
-        if rows == 0 or (header.dtype, header.rows, header.columns) != (wanted[0], rows, wanted[1]):
+        form = self._forms.get((header.after, header.kind, header.src, header.dst))
+        if form is None or header.step >= self._num_steps:
+            raise ProtocolError(f"{_what(header)}: no such message in this plan")
+        if peer not in form.onward:
+            raise ProtocolError(f"{_what(header)}: it does not come by way of machine {peer}")
+        move, hop = form.move, form.onward[peer]
+        rows = self.plan.rows(move, self.plan.step(header.step, self._prompt_tokens))
+        if rows == 0 or (header.dtype, header.rows, header.columns) != (form.dtype, rows, form.columns):
             raise ProtocolError(
-                f"{what}: got {header.dtype} ({header.rows}, {header.columns}), "
-                f"expected {wanted[0]} ({rows}, {wanted[1]})"
+                f"{_what(header)}: got {header.dtype} ({header.rows}, {header.columns}), "
+                f"expected {form.dtype} ({rows}, {form.columns})"
             )
-        if len(payload) != self.plan.payload_bytes(move, rows):
-            raise ProtocolError(f"{what}: got {len(payload)} bytes, expected {self.plan.payload_bytes(move, rows)}")
-        if leg + 1 < len(legs):
-            await self._send(legs[leg + 1][1], move, frame, len(payload))
+        size = self.plan.payload_bytes(move, rows)
+        if len(payload) != size:
+            raise ProtocolError(f"{_what(header)}: got {len(payload)} bytes, expected {size}")
+        if hop is None:
+            self._deliver(header, payload)
         else:
-            self._deliver((header.step, header.after, header.kind, header.src), header, payload, what)
+            await self._send(hop, move, frame, size)
 
-    def _deliver(self, key: _Key, header: Data, payload: memoryview, what: str) -> None:
+    def _deliver(self, header: Data, payload: memoryview) -> None:
+        key = (header.step, header.after, header.kind, header.src)
         if key in self._seen:
-            raise ProtocolError(f"{what}: it came twice")
+            raise ProtocolError(f"{_what(header)}: it came twice")
         self._seen.add(key)
         future = self._awaited.pop(key, None)
         if future is None:
@@ -149,3 +173,7 @@ class Post:
                 future.set_exception(self._failure)
                 future.exception()  # retrieved here, in case nobody waits any more
         self._awaited.clear()
+
+
+def _what(header: Data) -> str:
+    return f"{header.kind} after stage {header.after} of step {header.step} from machine {header.src}"

@@ -118,7 +118,7 @@ class Walker:
         Raises PeerError when another machine or a link fails.
         """
         token = await self._prefill()
-        first = len(self.plan.decision.chunks(self.request.prompt_tokens)) - 1
+        first = self.plan.decision.num_chunks(self.request.prompt_tokens) - 1
         for number in range(self.request.max_new_tokens):
             step = self.plan.step(first + number, self.request.prompt_tokens)
             if number:
@@ -131,7 +131,7 @@ class Walker:
         """All chunks, each stage in order but several stages at once. The token if the head is here."""
         walks: list[Awaitable[Sampled | None]] = []
         before: dict[int, asyncio.Event] = {}
-        for index in range(len(self.plan.decision.chunks(self.request.prompt_tokens))):
+        for index in range(self.plan.decision.num_chunks(self.request.prompt_tokens)):
             one = self._pass(self.plan.step(index, self.request.prompt_tokens), before)
             before = one.done
             walks.append(self._walk(one, None))
@@ -151,7 +151,14 @@ class Walker:
                 token = Sampled(self._ids_in(payload)[0], depth)
         if self.me == DEVICE and token and self.on_token:
             self.on_token(token)
+        if self._never_waits:
+            await asyncio.sleep(0)  # whoever waits for the token, or wants to end this, gets a turn
         return token
+
+    @property
+    def _never_waits(self) -> bool:
+        """Whether no message comes here while tokens flow."""
+        return not any(move.dst == self.me and move.kind is not Kind.PROMPT for move in self.plan.moves)
 
     async def _walk(self, one: _Pass, tokens: list[Sampled] | None) -> Sampled | None:
         """One step through all stages. The sampled token if this machine has the head."""
@@ -311,7 +318,7 @@ class Walker:
         return ids
 
     async def _compute(self, work: Callable[[], T], one: _Pass, index: int, stage: Stage | None) -> T:
-        """Run on the compute thread, and note when."""
+        """Run on the compute thread, or right here where a short step may hold the event loop; and note when."""
 
         def predicted(device: DeviceSpec) -> float:
             if stage is None:
@@ -319,7 +326,8 @@ class Walker:
             machine = self.machine
             return cost.stage_seconds(machine.spec, device, stage, self.me, one.step, machine.dtype, machine.weights)
 
-        done = await self.machine.compute(work, predicted)
+        here = not one.step.is_prefill and self.post.may_block
+        done = await self.machine.compute(work, predicted, here)
         self.intervals.append(Interval(index, one.step.index, done.start_s, done.stop_s))
         return done.value
 

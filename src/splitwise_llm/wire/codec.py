@@ -73,10 +73,10 @@ def decode(payload: bytes | memoryview, precision: WirePrecision, rows: int, col
     if len(payload) != wanted:
         raise ProtocolError(f"{precision} activations ({rows}, {columns}) take {wanted} bytes, got {len(payload)}")
     if precision in _FLOAT:
-        x = torch.frombuffer(bytearray(payload), dtype=_FLOAT[precision]).view(rows, columns).clone()
+        x = torch.frombuffer(bytearray(payload), dtype=_FLOAT[precision]).view(rows, columns)
     else:
         x = _dequantise(payload, precision, rows, columns)
-    if not math.isfinite(float(x.sum(dtype=torch.float64))) and not bool(torch.isfinite(x).all()):
+    if not math.isfinite(x.sum().item()) and not bool(torch.isfinite(x).all()):
         raise ProtocolError(
             f"{precision} activations ({rows}, {columns}) hold NaN or infinity; the sender's arithmetic overflowed"
             + (" or fp16 cannot hold them: try wire precision bf16" if precision is WirePrecision.FP16 else "")

@@ -29,6 +29,9 @@ class Link(ABC):
     max_frame_bytes: int
     """What `send` refuses to exceed; may be lowered when the peer says that it takes less."""
 
+    lives_on_loop: bool = False
+    """Whether frames on their way stand still while this end's event loop is busy."""
+
     @abstractmethod
     async def send(self, frame: bytes) -> None:
         """Hand over one frame; returns when the link has accepted it, which may be before it arrived.

@@ -73,6 +73,7 @@ class FrameQueue:
 class MemoryLink(Link):
     """One end of a pair made by `memory_pair`. Nothing holds the sender back."""
 
+    lives_on_loop = True
     _other: MemoryLink
 
     def __init__(self, peer: str, max_frame_bytes: int) -> None:

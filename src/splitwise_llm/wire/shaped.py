@@ -24,6 +24,8 @@ class ShapedLink(Link):
     the caller closes it.
     """
 
+    lives_on_loop = True
+
     def __init__(
         self, link: Link, shape: LinkShape, clock: LinkClock | None = None, queue_bytes: int = QUEUE_BYTES
     ) -> None:
