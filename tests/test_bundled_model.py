@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 import splitwise_llm
 
 BUNDLED = Path(splitwise_llm.__file__).parent / "data" / "bundled"
-EXCERPT = Path(__file__).parent / "data" / "excerpt.txt"
+EXCERPT = BUNDLED.parent / "excerpt.txt"
 PROMPTS = ["It was a dark evening, and", "The old captain looked at the sea", '"My dear," said the prince,']
 
 

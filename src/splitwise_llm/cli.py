@@ -376,7 +376,7 @@ def exactness(
 
 
 @bench.command()
-def overhead(rounds: Rounds = 9, tokens: Tokens = 32, json_file: JsonFile = None) -> None:
+def overhead(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = None) -> None:
     """A split over unsplit, and unsplit over Hugging Face, per token, one thread per process."""
     from splitwise_llm.bench.overhead import run_overhead  # noqa: PLC0415
 

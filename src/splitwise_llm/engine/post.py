@@ -45,7 +45,9 @@ class Post:
         max_new_tokens: int,
     ) -> None:
         self.me, self.plan, self.links, self._names = me, plan, links, names
-        self._relays = any(len(plan.legs(move.src, move.dst)) > 1 for move in plan.moves) and me == DEVICE
+        relays = me == DEVICE and any(len(plan.legs(move.src, move.dst)) > 1 for move in plan.moves)
+        self.may_block = not relays and not any(link.lives_on_loop for link in links.values())
+        """Whether nothing stands still while this machine's event loop does: no relay, no link that lives on it."""
         self._prompt_tokens = prompt_tokens
         self._num_steps = plan.num_steps(prompt_tokens, max_new_tokens)
         self._forms = {(move.after, move.kind.value, move.src, move.dst): self._form(move) for move in plan.moves}
@@ -70,11 +72,6 @@ class Post:
     def crossings(self) -> tuple[Crossings, ...]:
         """What this machine has sent, relays included."""
         return crossings(self._counts, self._sizes)
-
-    @property
-    def may_block(self) -> bool:
-        """Whether nothing stands still while this machine's event loop does: no relay, no link that lives on it."""
-        return not self._relays and not any(link.lives_on_loop for link in self.links.values())
 
     async def send(self, move: Move, step: Step, payload: bytes, depth: int) -> None:
         """Send one move of a step. Raises LinkDied."""

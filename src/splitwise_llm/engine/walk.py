@@ -70,12 +70,59 @@ Choose = Callable[[Tensor, int], int]
 OnToken = Callable[[Sampled], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    """One stage of the plan as this machine takes part in it, worked out once per session."""
+
+    index: int
+    stage: Stage
+    arrives: Move | None
+    """The residual stream comes with this move; None: it is here already."""
+    partials_out: tuple[Move, ...]
+    partials_in: tuple[Move, ...]
+    joins: bool
+    residuals_out: tuple[Move, ...]
+    crossing: Move | None
+    """A move of the residual stream after this stage, whoever sends it: all copies become what it carries."""
+    last_only: bool
+    """Only the last position of the last chunk matters after this stage."""
+    only_if_emits: bool
+    """A head without layers, which has nothing to do in an earlier chunk."""
+
+
+def _stops(plan: Plan, me: int) -> tuple[_Stop, ...]:
+    stops: list[_Stop] = []
+    for index, stage in enumerate(plan.stages):
+        if me not in stage.machines:
+            continue
+        moves = plan.moves_after(index)
+        residuals = [move for move in moves if move.kind is Kind.RESIDUAL]
+        partials = [move for move in moves if move.kind is Kind.PARTIAL]
+        here = [m for m in plan.moves_after(index - 1) if m.kind is Kind.RESIDUAL and m.dst == me]
+        stops.append(
+            _Stop(
+                index,
+                stage,
+                arrives=here[0] if here else None,
+                partials_out=tuple(move for move in partials if move.src == me),
+                partials_in=tuple(move for move in partials if move.dst == me),
+                joins=me in plan.joiners[index],
+                residuals_out=tuple(move for move in residuals if move.src == me),
+                crossing=residuals[0] if residuals else None,
+                last_only=any(move.last_only for move in moves),
+                only_if_emits=isinstance(stage, Serial) and stage.is_head_only,
+            )
+        )
+    return tuple(stops)
+
+
 @dataclass(slots=True)
 class _Pass:
     """One machine's walk through one step. `pending` makes the residual stream once the compute thread has it."""
 
     step: Step
     done: dict[int, asyncio.Event]
+    """Prefill only: set when the chunk has passed a stage, for the chunk behind it."""
     before: dict[int, asyncio.Event]
     at: Positions | None = None
     pending: Callable[[], Tensor] | None = None
@@ -98,19 +145,20 @@ class Walker:
     choose: Choose | None = None
     """Replaces sampling where the head is on this machine."""
     intervals: list[Interval] = field(default_factory=list)
+    me: int = field(init=False)
+    _stops: tuple[_Stop, ...] = field(init=False)
+    _entering: tuple[Move, ...] = field(init=False)
+    _handing: tuple[Move, ...] = field(init=False)
+    _never_waits: bool = field(init=False)
+    """Whether no message comes here while tokens flow."""
 
-    @property
-    def _with_layers(self) -> list[int]:
-        """The stages of this machine that keep keys and values, or stand between those that do."""
-        return [
-            index
-            for index, stage in enumerate(self.plan.stages)
-            if self.me in stage.machines and not (isinstance(stage, Serial) and stage.is_head_only)
-        ]
-
-    @property
-    def me(self) -> int:
-        return self.post.me
+    def __post_init__(self) -> None:
+        self.me = self.post.me
+        self._stops = _stops(self.plan, self.me)
+        mine = [move for move in self.plan.moves if self.me in (move.src, move.dst)]
+        self._entering = tuple(move for move in mine if move.kind in (Kind.PROMPT, Kind.NEXT))
+        self._handing = tuple(move for move in mine if move.kind is Kind.TOKEN)
+        self._never_waits = not any(move.dst == self.me and move.kind is not Kind.PROMPT for move in mine)
 
     async def run(self) -> None:
         """Prefill and decode until the last token; a machine that never sees tokens waits to be cancelled.
@@ -122,7 +170,7 @@ class Walker:
         for number in range(self.request.max_new_tokens):
             step = self.plan.step(first + number, self.request.prompt_tokens)
             if number:
-                token = await self._walk(self._pass(step), [token] if token else None)
+                token = await self._walk(_Pass(step, {}, {}), token)
             token = await self._hand_over(step, token)
             if token and token.id in self.request.stop_ids:
                 return
@@ -132,164 +180,133 @@ class Walker:
         walks: list[Awaitable[Sampled | None]] = []
         before: dict[int, asyncio.Event] = {}
         for index in range(self.plan.decision.num_chunks(self.request.prompt_tokens)):
-            one = self._pass(self.plan.step(index, self.request.prompt_tokens), before)
-            before = one.done
-            walks.append(self._walk(one, None))
+            done = {stop.index: asyncio.Event() for stop in self._stops if not stop.only_if_emits}
+            walks.append(self._walk(_Pass(self.plan.step(index, self.request.prompt_tokens), done, before), None))
+            before = done
         tokens = await _all(walks)
         return tokens[-1]
 
-    def _pass(self, step: Step, before: dict[int, asyncio.Event] | None = None) -> _Pass:
-        return _Pass(step, {index: asyncio.Event() for index in self._with_layers}, before or {})
-
     async def _hand_over(self, step: Step, token: Sampled | None) -> Sampled | None:
-        """Bring the token of a step to the device and, for the next step, to the embedding."""
-        for move in self.plan.moves:
-            if move.kind is Kind.TOKEN and self.me == move.src and token:
-                await self.post.send(move, step, _ids_out([token.id]), token.depth)
-            if move.kind is Kind.TOKEN and self.me == move.dst:
+        """Bring the token of a step to the device."""
+        for move in self._handing:
+            if self.me == move.dst:
                 payload, depth = await self.post.receive(move, step)
                 token = Sampled(self._ids_in(payload)[0], depth)
+            elif token:
+                await self.post.send(move, step, _ids_out([token.id]), token.depth)
         if self.me == DEVICE and token and self.on_token:
             self.on_token(token)
         if self._never_waits:
             await asyncio.sleep(0)  # whoever waits for the token, or wants to end this, gets a turn
         return token
 
-    @property
-    def _never_waits(self) -> bool:
-        """Whether no message comes here while tokens flow."""
-        return not any(move.dst == self.me and move.kind is not Kind.PROMPT for move in self.plan.moves)
-
-    async def _walk(self, one: _Pass, tokens: list[Sampled] | None) -> Sampled | None:
-        """One step through all stages. The sampled token if this machine has the head."""
-        if self.me in (self.plan.embed, DEVICE):
-            await self._enter(one, tokens)
-        token = None
-        for index, stage in enumerate(self.plan.stages):
-            if isinstance(stage, Serial) and stage.is_head_only and not one.step.emits:
+    async def _walk(self, one: _Pass, token: Sampled | None) -> Sampled | None:
+        """One step through all stages of this machine. The sampled token if it has the head."""
+        await self._enter(one, token)
+        sampled = None
+        for stop in self._stops:
+            if stop.only_if_emits and not one.step.emits:
                 break
-            if self.me in stage.machines:
-                await self._arrive(one, index)
-                await self._turn(one, index)
-                if isinstance(stage, Serial):
-                    token = await self._serial(one, index, stage)
-                else:
-                    await self._shared(one, index, stage)
-        return token
+            if stop.arrives:
+                payload, depth = await self.post.receive(stop.arrives, one.step)
+                one.depth = max(one.depth, depth)
+                one.pending = partial(self._decode, payload, self.plan.rows(stop.arrives, one.step))
+            if stop.index in one.before:  # chunks pass a stage in order: its keys and values grow from the front
+                await one.before[stop.index].wait()
+            if isinstance(stop.stage, Serial):
+                sampled = await self._serial(one, stop, stop.stage)
+            else:
+                await self._shared(one, stop, stop.stage)
+        return sampled
 
-    async def _enter(self, one: _Pass, tokens: list[Sampled] | None) -> None:
+    async def _enter(self, one: _Pass, token: Sampled | None) -> None:
         """The ids of a step reach the embedding: a part of the prompt, or the last token."""
-        step = one.step
+        step, depth = one.step, token.depth if token else 0
         ids = (
-            list(self.prompt[step.start : step.start + step.count]) if step.is_prefill else [t.id for t in tokens or ()]
+            list(self.prompt[step.start : step.start + step.count]) if step.is_prefill else [token.id] if token else []
         )
-        depth = max((t.depth for t in tokens or ()), default=0)
-        for move in self.plan.moves_after(-1):
-            if self.me == move.src and self.plan.rows(move, step):
+        for move in self._entering:
+            if not self.plan.rows(move, step):
+                continue
+            if self.me == move.src:
                 await self.post.send(move, step, _ids_out(ids), depth)
-            if self.me == move.dst and self.plan.rows(move, step):
+            else:
                 payload, depth = await self.post.receive(move, step)
                 ids = self._ids_in(payload)
         if self.me == self.plan.embed:
             one.depth = depth
             one.pending = lambda: self.share.embed(ids, self._at(one))
 
-    async def _arrive(self, one: _Pass, index: int) -> None:
-        """Wait for the residual stream if it comes from elsewhere."""
-        for move in self.plan.moves_after(index - 1):
-            if move.kind is Kind.RESIDUAL and move.dst == self.me:
-                payload, depth = await self.post.receive(move, one.step)
-                one.depth = max(one.depth, depth)
-                rows = self.plan.rows(move, one.step)
-                one.pending = partial(self._decode, payload, rows)
-
-    async def _turn(self, one: _Pass, index: int) -> None:
-        """Chunks pass a stage in order: its keys and values grow from the front."""
-        if index in one.before:
-            await one.before[index].wait()
-
-    async def _serial(self, one: _Pass, index: int, stage: Serial) -> Sampled | None:
+    async def _serial(self, one: _Pass, stop: _Stop, stage: Serial) -> Sampled | None:
         def work() -> tuple[Tensor, bytes, int | None]:
-            x = self._residual(one)
-            x = self.share.run(x, stage.start, stage.stop, self._at(one))
+            x = self.share.run(self._residual(one), stage.start, stage.stop, self._at(one))
             if stage.head and one.step.emits:
                 return x, b"", self._choose(self.share.logits(x), one.step.start + one.step.count)
-            return (*self._encode_residual(index, one, x), None)
+            return (*self._crossed(one, stop, x), None)
 
-        x, payload, token = await self._compute(work, one, index, stage)
-        if index in one.done:
-            one.done[index].set()
+        x, payload, token = await self._compute(work, one, stop)
         if token is not None:
             return Sampled(token, one.depth)
-        await self._send_residual(one, index, x, payload)
+        await self._send_residual(one, stop, x, payload)
         return None
 
-    async def _shared(self, one: _Pass, index: int, stage: Shared) -> None:
-        outgoing = self._outgoing(index, Kind.PARTIAL)
-        last_only = any(move.last_only for move in self.plan.moves_after(index))
+    async def _shared(self, one: _Pass, stop: _Stop, stage: Shared) -> None:
+        wire = self.plan.decision.wire
 
         def work() -> tuple[Tensor, Tensor, bytes]:
             x = self._residual(one)
             summand = self.share.partial(x, stage.half, self._at(one))
-            if last_only:
+            if stop.last_only:
                 x, summand = x[-1:], summand[-1:]
-            summand = self._lose(summand, index, Kind.PARTIAL, self.me, one.step)
-            payload = codec.encode(summand, self.plan.decision.wire) if outgoing else b""
-            return x, codec.round_trip(summand, self.plan.decision.wire), payload
+            summand = self._lose(summand, stop.index, Kind.PARTIAL, self.me, one.step)
+            return x, codec.round_trip(summand, wire), codec.encode(summand, wire) if stop.partials_out else b""
 
-        x, own, payload = await self._compute(work, one, index, stage)
-        one.done[index].set()
-        if last_only and not one.step.emits:
+        x, own, payload = await self._compute(work, one, stop)
+        if stop.last_only and not one.step.emits:
             return
-        for move in outgoing:
+        for move in stop.partials_out:
             await self.post.send(move, one.step, payload, one.depth)
-        if self.me in self.plan.joiners[index]:
-            await self._join(one, index, stage, x, own)
+        if stop.joins:
+            await self._join(one, stop, stage, x, own)
 
-    async def _join(self, one: _Pass, index: int, stage: Shared, x: Tensor, own: Tensor) -> None:
+    async def _join(self, one: _Pass, stop: _Stop, stage: Shared, x: Tensor, own: Tensor) -> None:
         """Gather the partial sums of the others; they are added when the compute thread next has this pass."""
         others: dict[int, memoryview] = {}
-        for move in self.plan.moves_after(index):
-            if move.kind is Kind.PARTIAL and move.dst == self.me:
-                others[move.src], depth = await self.post.receive(move, one.step)
-                one.depth = max(one.depth, depth)
+        for move in stop.partials_in:
+            others[move.src], depth = await self.post.receive(move, one.step)
+            one.depth = max(one.depth, depth)
 
         def joined() -> Tensor:
             partials = [own if m == self.me else self._decode(others[m], own.shape[0]) for m in stage.machines]
             return self.share.join(x, partials, stage.half)
 
-        if not any(move.kind is Kind.RESIDUAL for move in self.plan.moves_after(index)):
+        if stop.crossing is None:
             one.pending = joined
             return
-        result, payload = await self._compute(lambda: self._encode_residual(index, one, joined()), one, index, None)
-        await self._send_residual(one, index, result, payload)
+        result, payload = await self._compute(lambda: self._crossed(one, stop, joined()), one, stop, adding=True)
+        await self._send_residual(one, stop, result, payload)
 
-    async def _send_residual(self, one: _Pass, index: int, x: Tensor, payload: bytes) -> None:
-        for move in self._outgoing(index, Kind.RESIDUAL):
+    async def _send_residual(self, one: _Pass, stop: _Stop, x: Tensor, payload: bytes) -> None:
+        for move in stop.residuals_out:
             if self.plan.rows(move, one.step):
                 await self.post.send(move, one.step, payload, one.depth)
         one.pending = lambda: x
 
-    def _encode_residual(self, index: int, one: _Pass, x: Tensor) -> tuple[Tensor, bytes]:
+    def _crossed(self, one: _Pass, stop: _Stop, x: Tensor) -> tuple[Tensor, bytes]:
         """The stream as it goes on here, and as bytes where it leaves: whoever keeps a copy keeps what the
         others will decode."""
-        crossing = [move for move in self.plan.moves_after(index) if move.kind is Kind.RESIDUAL]
-        if not crossing:
+        if stop.crossing is None:
             return x, b""
-        if crossing[0].last_only:
+        if stop.last_only:
             x = x[-1:]
-        x = self._lose(x, index, Kind.RESIDUAL, crossing[0].src, one.step)
-        sends = self.me == crossing[0].src
-        payload = codec.encode(x, self.plan.decision.wire) if sends else b""
-        return codec.round_trip(x, self.plan.decision.wire), payload
+        x = self._lose(x, stop.index, Kind.RESIDUAL, stop.crossing.src, one.step)
+        wire = self.plan.decision.wire
+        return codec.round_trip(x, wire), codec.encode(x, wire) if stop.residuals_out else b""
 
     # Small things
 
     def _choose(self, logits: Tensor, position: int) -> int:
         return self.choose(logits, position) if self.choose else sample(logits, self.request.sampling, position)
-
-    def _outgoing(self, index: int, kind: Kind) -> list[Move]:
-        return [move for move in self.plan.moves_after(index) if move.kind is kind and move.src == self.me]
 
     def _at(self, one: _Pass) -> Positions:
         if one.at is None:
@@ -317,19 +334,22 @@ class Walker:
             raise ProtocolError(f"got token ids outside the vocabulary of {vocabulary}")
         return ids
 
-    async def _compute(self, work: Callable[[], T], one: _Pass, index: int, stage: Stage | None) -> T:
-        """Run on the compute thread, or right here where a short step may hold the event loop; and note when."""
+    async def _compute(self, work: Callable[[], T], one: _Pass, stop: _Stop, adding: bool = False) -> T:
+        """Run on the compute thread, or right here where a short step may hold the event loop; and note when.
+        Additions weigh nothing beside the products around them."""
+        machine, step = self.machine, one.step
 
         def predicted(device: DeviceSpec) -> float:
-            if stage is None:
-                return 0.0  # additions, of no weight beside the products around them
-            machine = self.machine
-            return cost.stage_seconds(machine.spec, device, stage, self.me, one.step, machine.dtype, machine.weights)
+            if adding:
+                return 0.0
+            return cost.stage_seconds(machine.spec, device, stop.stage, self.me, step, machine.dtype, machine.weights)
 
-        here = not one.step.is_prefill and self.post.may_block
-        done = await self.machine.compute(work, predicted, here)
-        self.intervals.append(Interval(index, one.step.index, done.start_s, done.stop_s))
-        return done.value
+        here = not step.is_prefill and self.post.may_block
+        result = await machine.compute(work, predicted, here)
+        if stop.index in one.done:
+            one.done[stop.index].set()
+        self.intervals.append(Interval(stop.index, step.index, result.start_s, result.stop_s))
+        return result.value
 
 
 def _ids_out(ids: Sequence[int]) -> bytes:

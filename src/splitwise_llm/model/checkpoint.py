@@ -25,6 +25,8 @@ from splitwise_llm.model.families import Architecture
 BUNDLED = "bundled"
 _SAMPLES_PER_TENSOR = 4
 _SAMPLE_BYTES = 64
+_BLOCK_BYTES = 16 << 20
+"""Of a file, at most so much is mapped at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +98,16 @@ class Checkpoint:
     def copy_slice(self, name: str, shape: tuple[int, ...], dim: int, start: int, into: Tensor) -> None:
         """Copy `into.shape[dim]` rows (dim 0) or columns (dim 1) from `start` into a tensor, converting its dtype."""
         info = self.info(name, shape)
-        stop = start + into.shape[dim]
+        first, columns = (start, slice(None)) if dim == 0 else (0, slice(start, start + into.shape[1]))
+        row_bytes = (info.stop - info.start) // shape[0]
+        step = max(1, _BLOCK_BYTES // max(row_bytes, 1))
         try:
-            with safe_open(info.file, framework="pt") as file:
-                part = file.get_slice(name)
-                into.copy_(part[start:stop] if dim == 0 else part[:, start:stop])
+            for row in range(0, into.shape[0], step):
+                # The file is mapped while it is open, and every page touched counts as memory: hence the blocks.
+                with safe_open(info.file, framework="pt") as file:
+                    rows = slice(first + row, first + min(row + step, into.shape[0]))
+                    part = file.get_slice(name)
+                    into[row : row + step].copy_(part[rows] if len(shape) == 1 else part[rows, columns])
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{info.file}: tensor {name!r} cannot be read: {error}") from error
 

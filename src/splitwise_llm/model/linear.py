@@ -266,7 +266,8 @@ def table_of(weight: Tensor, form: Weights, dtype: torch.dtype) -> Table:
     """A table with its own copy of weight (vocabulary, d_model); int8 also where the layers are int4."""
     if form is Weights.FULL:
         return Table(Full(weight, dtype), None, dtype)
-    mean = weight.mean(0, dtype=torch.float32)
+    sums = [weight[some].float().sum(0) for some in _runs(len(weight), weight.shape[1] * 4)]
+    mean = torch.stack(sums).sum(0) / len(weight)
     return Table(Int8(weight, mean), mean, dtype)
 
 

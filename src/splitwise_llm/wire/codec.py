@@ -52,9 +52,9 @@ class ElementLoss:
 
 def encode(x: Tensor, precision: WirePrecision) -> bytes:
     """The payload of activations (positions, d_model): scales first where there are any, then the rows."""
-    x = x.detach().cpu()
     if precision in _FLOAT:
-        return _raw(x.to(_FLOAT[precision]))
+        return _raw(x.to(device="cpu", dtype=_FLOAT[precision]))
+    x = x.cpu()
     scales, levels = _quantise(x, _LARGEST[precision])
     if precision is WirePrecision.INT8:
         return _raw(scales) + _raw(levels)
@@ -94,7 +94,9 @@ def round_trip(x: Tensor, precision: WirePrecision) -> Tensor:
 
 
 def _raw(x: Tensor) -> bytes:
-    return x.contiguous().view(torch.uint8).numpy().tobytes()
+    if x.dtype is torch.bfloat16:  # numpy has no such type
+        x = x.view(torch.int16)
+    return x.numpy().tobytes()
 
 
 def _quantise(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
