@@ -5,10 +5,12 @@ It knows which rows and columns belong to a unit; it does not know why a machine
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -78,7 +80,7 @@ class Need:
 
 Loaded = AttentionWeights | FfnWeights | EmbeddingWeights | HeadWeights | Table
 _Key = tuple[str, int, tuple[int, ...]]
-_T = TypeVar("_T")
+_T = TypeVar("_T", bound=Loaded)
 
 
 class Resident:
@@ -131,8 +133,9 @@ class Resident:
 
     def _once(self, key: _Key, load: Callable[[], _T]) -> _T:
         if key not in self._held:
-            self._held[key] = load()  # type: ignore[assignment]
-        return self._held[key]  # type: ignore[return-value]
+            self._held[key] = load()
+            _return_freed_memory()
+        return cast(_T, self._held[key])
 
     # Reading
 
@@ -248,6 +251,21 @@ class Resident:
 
     def _linear(self, matrix: Tensor) -> Linear:
         return linear_of(matrix.to(self.device), self.weights, self._torch_dtype)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int]:
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # not glibc
+        return lambda _: 0
+    return trim
+
+
+def _return_freed_memory() -> None:
+    """Give pages freed while reading back to the system: between slices that stay they would be kept for ever,
+    and a model in int4 took up to a third more."""
+    _malloc_trim()(0)
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
