@@ -19,6 +19,7 @@ from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.engine import walk
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.sampling import Sampling
+from splitwise_llm.model.tokenizer import Tokenizer
 from splitwise_llm.partition import Partition
 from splitwise_llm.records import RequestRecord
 from splitwise_llm.wire.codec import ElementLoss
@@ -92,13 +93,35 @@ def test_any_partition_is_hugging_faces(
     assert compare(directory, PROMPT, record.token_ids, seen).is_same
 
 
+SENTENCES = [
+    "It was a bright morning, and the Prince said to his old friend:",
+    "She looked at him with",
+    "The whale rose from the sea, and all the men in the boats",
+]
+
+
 @pytest.mark.parametrize("text", EVERY_KIND)
-def test_the_bundled_model_on_a_real_prompt(text: str, seen: list[Tensor]) -> None:
+def test_the_bundled_model_on_real_prompts(text: str, seen: list[Tensor]) -> None:
     directory = locate("bundled")
     text = text.replace("3", "8")  # the model has eight layers
     partition = Partition.parse(text, Checkpoint(directory).architecture.spec, NAMES)
-    prompt = list(range(300, 340))
-    record = asyncio.run(run(directory, Decision(partition, prefill_chunk=16), prompt, 32))
+    for sentence in SENTENCES:
+        prompt = Tokenizer(directory).encode(sentence)
+        seen.clear()
+        record = asyncio.run(run(directory, Decision(partition, prefill_chunk=16), prompt, 48))
+        assert len(set(record.token_ids)) >= 12
+        assert compare(directory, prompt, record.token_ids, seen).is_same
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_partition_of_the_bundled_model_on_a_real_prompt(seen: list[Tensor], data: st.DataObject) -> None:
+    directory = locate("bundled")
+    prompt = Tokenizer(directory).encode(data.draw(st.sampled_from(SENTENCES)))
+    spec = Checkpoint(directory).architecture.spec
+    decision = Decision(data.draw(partitions(spec)), prefill_chunk=data.draw(st.none() | st.integers(1, 12)))
+    seen.clear()
+    record = asyncio.run(run(directory, decision, prompt, 12))
     assert compare(directory, prompt, record.token_ids, seen).is_same
 
 
