@@ -160,11 +160,11 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.")] = False,
 ) -> None:
     """Answer one prompt, alone or with running workers."""
-    from splitwise_llm.engine.edge import LinkTo, edge_with  # noqa: PLC0415 - torch takes a second to import
-    from splitwise_llm.model.sampling import Sampling  # noqa: PLC0415
-    from splitwise_llm.wire.codec import ElementLoss  # noqa: PLC0415
-    from splitwise_llm.wire.keys import device_files  # noqa: PLC0415
-    from splitwise_llm.wire.shaper import LinkShape  # noqa: PLC0415
+    from splitwise_llm.engine.edge import LinkTo, edge_with
+    from splitwise_llm.model.sampling import Sampling
+    from splitwise_llm.wire.codec import ElementLoss
+    from splitwise_llm.wire.keys import device_files
+    from splitwise_llm.wire.shaper import LinkShape
 
     text = _prompt(prompt)
     addresses = _pairs(machine, "--machine", "cloud=127.0.0.1:7070")
@@ -212,11 +212,11 @@ def worker(
     until_stdin_closes: Annotated[bool, typer.Option(help="End when standard input does.")] = False,
 ) -> None:
     """Hold weights and compute a share for whoever opens a session."""
-    from splitwise_llm.engine.machine import Machine  # noqa: PLC0415
-    from splitwise_llm.engine.worker import Worker  # noqa: PLC0415
-    from splitwise_llm.model.checkpoint import Checkpoint, locate  # noqa: PLC0415
-    from splitwise_llm.wire.grpc_link import dial, serve  # noqa: PLC0415
-    from splitwise_llm.wire.keys import worker_files  # noqa: PLC0415
+    from splitwise_llm.engine.machine import Machine
+    from splitwise_llm.engine.worker import Worker
+    from splitwise_llm.model.checkpoint import Checkpoint, locate
+    from splitwise_llm.wire.grpc_link import dial, serve
+    from splitwise_llm.wire.keys import worker_files
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     files = worker_files(tls) if tls else None
@@ -259,8 +259,8 @@ def link(
     until_stdin_closes: Annotated[bool, typer.Option(help="End when standard input does.")] = False,
 ) -> None:
     """Put any program's TCP connection behind a slow link."""
-    from splitwise_llm.wire.proxy import run_proxy  # noqa: PLC0415
-    from splitwise_llm.wire.shaper import LinkShape  # noqa: PLC0415
+    from splitwise_llm.wire.proxy import run_proxy
+    from splitwise_llm.wire.shaper import LinkShape
 
     settings = {"rtt": rtt, "jitter": jitter, "rate": trace or rate, "up": up, "down": down, "outage": outage}
     given = " ".join(f"{name}='{value}'" for name, value in settings.items() if value) + f" seed={seed}"
@@ -282,7 +282,7 @@ def keys(
     force: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
 ) -> None:
     """Make a small CA and the certificates of a worker and a device, for mutual TLS."""
-    from splitwise_llm.wire.keys import make_keys  # noqa: PLC0415
+    from splitwise_llm.wire.keys import make_keys
 
     for files in make_keys(out_dir, names=host or [], days=days, overwrite=force):
         print(f"{files.certificate}  {files.key}")
@@ -304,11 +304,11 @@ def demo(
 ) -> None:
     """Run one prompt in five partitions over two processes and a shaped link; the tokens must agree."""
     _tell("loading torch")
-    from splitwise_llm.bench.demo import DemoOptions, Show, run_demo  # noqa: PLC0415
-    from splitwise_llm.model.sampling import Sampling  # noqa: PLC0415
-    from splitwise_llm.partition import Partition  # noqa: PLC0415
-    from splitwise_llm.records import RequestRecord  # noqa: PLC0415
-    from splitwise_llm.report import partition_picture, requests_table  # noqa: PLC0415
+    from splitwise_llm.bench.demo import DemoOptions, Show, run_demo
+    from splitwise_llm.model.sampling import Sampling
+    from splitwise_llm.partition import Partition
+    from splitwise_llm.records import RequestRecord
+    from splitwise_llm.report import partition_picture, requests_table
 
     names = ("edge", "cloud")
     pictures: list[str] = []
@@ -354,7 +354,7 @@ Tokens = Annotated[int, typer.Option(min=3, help="Tokens per run.")]
 
 
 def _report(figures: Figures, json_file: Path | None) -> None:
-    from splitwise_llm.report import figures_table  # noqa: PLC0415
+    from splitwise_llm.report import figures_table
 
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
     out.print(figures_table(f"bench {figures.bench}", figures.figures, figures.notes))
@@ -370,7 +370,7 @@ def exactness(
     json_file: JsonFile = None,
 ) -> None:
     """Logits and tokens of any partition against Hugging Face, and the nats that lossy choices cost."""
-    from splitwise_llm.bench.exactness import run_exactness  # noqa: PLC0415
+    from splitwise_llm.bench.exactness import run_exactness
 
     _report(asyncio.run(run_exactness(partitions, tokens, text, _tell)), json_file)
 
@@ -378,7 +378,7 @@ def exactness(
 @bench.command()
 def overhead(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = None) -> None:
     """A split over unsplit, and unsplit over Hugging Face, per token, one thread per process."""
-    from splitwise_llm.bench.overhead import run_overhead  # noqa: PLC0415
+    from splitwise_llm.bench.overhead import run_overhead
 
     _report(asyncio.run(run_overhead(rounds, tokens, _tell)), json_file)
 
@@ -386,6 +386,6 @@ def overhead(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = None
 @bench.command("link")
 def bench_link(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = None) -> None:
     """What a split takes over a 20 ms, 20 Mbit/s link, over the least it could take."""
-    from splitwise_llm.bench.link import run_link  # noqa: PLC0415
+    from splitwise_llm.bench.link import run_link
 
     _report(asyncio.run(run_link(rounds, tokens, _tell)), json_file)
