@@ -62,6 +62,21 @@ def test_three_machines_that_share_a_layer_say_what_one_says(cloud: str, third: 
     assert [machine["name"] for machine in said["machines"]] == ["edge", "cloud", "third"]
 
 
+def test_the_demo_says_the_same_in_all_five_modes(tmp_path: Path) -> None:
+    file = tmp_path / "demo.json"
+    done = splitwise("demo", "-n", "8", "--rtt", "4ms", "--json", str(file))
+    said = done.stdout.decode()
+    assert done.returncode == 0, said + done.stderr.decode()
+    assert said.count(" yes ") == 5
+    assert "\x1b" not in said, "plain text when the output is no terminal"
+    modes = json.loads(file.read_text())
+    assert list(modes) == ["edge", "cloud", "cut", "U", "shared"]
+    assert {mode: data["round_trips_per_token"] for mode, data in modes.items()} == {
+        "edge": 0, "cloud": 0, "cut": 1, "U": 1, "shared": 1,
+    }  # fmt: skip
+    assert all(data["same_tokens"] for data in modes.values())
+
+
 def test_machines_of_a_shared_stage_compute_at_the_same_time(cloud: str) -> None:
     async def play() -> None:
         with edge_with("bundled", {"cloud": cloud}, emulate=20.0) as edge:
