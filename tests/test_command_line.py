@@ -179,6 +179,16 @@ def test_mutual_tls_from_keys_to_tokens(tmp_path: Path) -> None:
         (["--top-p", "0"], "top-p"),
         (["--tls", "/nowhere"], "splitwise keys"),
         (["-n", "5000"], "ask for at most"),
+        (["--json", "/no-such-directory/x.json"], "check the path"),
+        (["--seed", "9" * 30], "seed"),
+        (["--top-k", "9" * 30], "top-k"),
+        (["--partition", f"edge[0:{'9' * 400}]"], "is no layer"),
+        (["--machine", "1x=127.0.0.1:1"], "is no machine name"),
+        (["--machine", "a=127.0.0.1:1", "--machine", "b=127.0.0.1:2", "--direct", "a+a"], "two different workers"),
+        (
+            ["--machine", "a=127.0.0.1:1", "--machine", "b=127.0.0.1:2", "--direct", "a+b", "--direct", "b+a"],
+            "each pair is named once",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused_with_the_remedy(arguments: list[str], says: str) -> None:
@@ -203,6 +213,8 @@ def test_nobody_at_the_address_says_what_to_start() -> None:
 def test_a_taken_port_and_an_open_address_are_refused(cloud: str) -> None:
     assert cloud in refused("worker", "--listen", cloud)
     assert "splitwise keys" in refused("worker", "--listen", "0.0.0.0:7070")
+    assert "--max-message" in refused("worker", "--max-message", "4GiB")
+    assert "lead to itself" in refused("link", "--listen", "127.0.0.1:7071", "--to", "127.0.0.1:7071")
     with pytest.raises(WorkerFailed, match="7999999"), shaped_link("127.0.0.1:7999999"):
         pass
     assert ListenError.exit_code == 2

@@ -13,13 +13,13 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
 from splitwise_llm.decision import Decision, WirePrecision
-from splitwise_llm.errors import RequestError, SplitwiseError
+from splitwise_llm.errors import RequestError, SplitwiseError, UserError
 from splitwise_llm.spec import Dtype, Weights, parse_emulation
 from splitwise_llm.units import parse_bytes
 
@@ -41,23 +41,28 @@ out = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
 DEMO_PROMPT = "It was a bright morning, and the Prince said to his old friend:"
 
 Model = Annotated[str, typer.Option(help="'bundled', a directory with config.json and safetensors, or a hub id.")]
-Threads = Annotated[int, typer.Option(min=1, help="Compute threads of this process.")]
+Threads = Annotated[int, typer.Option(min=1, max=256, help="Compute threads of this process.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="What to compute in.")]
 WeightsOption = Annotated[Weights, typer.Option(help="How weights stay in memory.")]
 Memory = Annotated[str, typer.Option(help="Memory for weights and cache, as in 2GB; default: what is free.")]
 Emulate = Annotated[str, typer.Option(help="Stretch compute: a factor (2.5) or a device file (JSON).")]
 Tls = Annotated[Path | None, typer.Option(help="Directory made by `splitwise keys`.")]
+R = TypeVar("R")
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result there, too.")]
 Wire = Annotated[WirePrecision, typer.Option(help="Activations on the wire.")]
 
 
 def main() -> None:
     """Run the command line; errors of ours end in one line on stderr and their exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until something runs that must be ended in order
     try:
         app()
     except SplitwiseError as error:
         print(f"splitwise: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"splitwise: {error}; check the path, its permissions and the space left", file=sys.stderr)
+        sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -130,8 +135,12 @@ async def _until_told(stop_with_stdin: bool) -> None:
     await told.wait()
 
 
-def _run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(work())
+def _run(work: Callable[[], Coroutine[Any, Any, R]], json_file: Path | None = None) -> R:
+    """Run `work` to its end; Ctrl-C cancels it in order. The file for its result is tried before, not after."""
+    if json_file:
+        json_file.open("a").close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return asyncio.run(work())
 
 
 @app.command()
@@ -180,9 +189,11 @@ def generate(
             async with edge.generate(
                 text, decision, max_new_tokens=max_new_tokens, sampling=sampling, loss=ElementLoss(loss, seed)
             ) as generation:
-                async for token in generation:
-                    print(token.text, end="", flush=True)
-            print()
+                try:
+                    async for token in generation:
+                        print(token.text, end="", flush=True)
+                finally:
+                    print()
             record = generation.record
         _write_json(json_file, record.to_dict())
         if not quiet:
@@ -193,7 +204,7 @@ def generate(
                 file=sys.stderr,
             )
 
-    _run(work)
+    _run(work, json_file)
 
 
 @app.command()
@@ -221,6 +232,9 @@ def worker(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     files = worker_files(tls) if tls else None
     options = _machine_options(memory, emulate)
+    limit = parse_bytes(max_message)
+    if not 1000 <= limit < 2**31 - 1000:
+        raise RequestError(f"--max-message {max_message}: expected 1 kB up to 2 GB")
 
     async def work() -> None:
         checkpoint = Checkpoint(locate(model))
@@ -232,7 +246,7 @@ def worker(
                 serving.handle,
                 tls=files,
                 max_links=2 * max_sessions,
-                max_frame_bytes=parse_bytes(max_message),
+                max_frame_bytes=limit,
             )
             async with server:
                 held = f"{model} {checkpoint.fingerprint} in {dtype}, weights {weights}"
@@ -265,6 +279,8 @@ def link(
     settings = {"rtt": rtt, "jitter": jitter, "rate": trace or rate, "up": up, "down": down, "outage": outage}
     given = " ".join(f"{name}='{value}'" for name, value in settings.items() if value) + f" seed={seed}"
     shape = LinkShape.parse(given)
+    if listen == to:
+        raise RequestError(f"--listen and --to are both {to}; the link would lead to itself")
 
     async def work() -> None:
         async with await run_proxy(listen, to, shape, exposed=exposed) as proxy:
@@ -278,7 +294,7 @@ def link(
 def keys(
     out_dir: Annotated[Path, typer.Option("--out", help="Directory to make.")],
     host: Annotated[list[str] | None, typer.Option(help="A name or address of the worker; repeatable.")] = None,
-    days: Annotated[int, typer.Option(min=1, help="Valid for so long.")] = 365,
+    days: Annotated[int, typer.Option(min=1, max=36500, help="Valid for so long.")] = 365,
     force: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
 ) -> None:
     """Make a small CA and the certificates of a worker and a device, for mutual TLS."""
@@ -331,7 +347,7 @@ def demo(
     )
     sampling = Sampling(temperature, seed=seed)
     options = DemoOptions(model, _text(prompt), max_new_tokens, rtt, rate, threads, wire, sampling)
-    records = asyncio.run(run_demo(options, show))
+    records = _run(lambda: run_demo(options, show), json_file)
     reference = records["edge"].token_ids
     out.print()
     for picture in pictures:
@@ -372,7 +388,7 @@ def exactness(
     """Logits and tokens of any partition against Hugging Face, and the nats that lossy choices cost."""
     from splitwise_llm.bench.exactness import run_exactness
 
-    _report(asyncio.run(run_exactness(partitions, tokens, text, _tell)), json_file)
+    _report(_run(lambda: run_exactness(partitions, tokens, text, _tell), json_file), json_file)
 
 
 @bench.command()
@@ -380,7 +396,7 @@ def overhead(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = None
     """A split over unsplit, and unsplit over Hugging Face, per token, one thread per process."""
     from splitwise_llm.bench.overhead import run_overhead
 
-    _report(asyncio.run(run_overhead(rounds, tokens, _tell)), json_file)
+    _report(_run(lambda: run_overhead(rounds, tokens, _tell), json_file), json_file)
 
 
 @bench.command("link")
@@ -388,4 +404,4 @@ def bench_link(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = No
     """What a split takes over a 20 ms, 20 Mbit/s link, over the least it could take."""
     from splitwise_llm.bench.link import run_link
 
-    _report(asyncio.run(run_link(rounds, tokens, _tell)), json_file)
+    _report(_run(lambda: run_link(rounds, tokens, _tell), json_file), json_file)

@@ -5,6 +5,8 @@ Norms, biases and rotary tables are below a thousandth of any unit and are not c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from splitwise_llm.partition import Part, Partition
 from splitwise_llm.plan import Shared, Stage, Step
 from splitwise_llm.spec import DeviceSpec, Dtype, ModelSpec, Weights
@@ -25,17 +27,31 @@ def table_bytes(spec: ModelSpec, dtype: Dtype, weights: Weights) -> float:
     return form.num_bytes(spec.vocab_size, spec.d_model, dtype)
 
 
-def assigned_weight_bytes(spec: ModelSpec, partition: Partition, machine: int, dtype: Dtype, weights: Weights) -> float:
-    """Bytes of weights a machine holds for a partition; a tied table that serves both ends counts once."""
-    total = 0.0
-    for half in range(2 * spec.num_layers):
-        part = Part.FFN if half % 2 else Part.ATTENTION
-        total += len(partition.units_on(machine, half)) * unit_weight_bytes(spec, part, dtype, weights)
-    tables = [partition.embed, partition.head].count(machine)
+def weight_bytes(
+    spec: ModelSpec,
+    pieces: Iterable[tuple[int, tuple[int, ...]]],
+    embed: bool,
+    head: bool,
+    dtype: Dtype,
+    weights: Weights,
+) -> float:
+    """Bytes of (half, units) pieces and the ends; a tied table that serves both ends counts once."""
+    total = sum(
+        len(units) * unit_weight_bytes(spec, Part.FFN if half % 2 else Part.ATTENTION, dtype, weights)
+        for half, units in pieces
+    )
+    tables = embed + head
     total += (min(tables, 1) if spec.tied_head else tables) * table_bytes(spec, dtype, weights)
-    if spec.family == "gpt2" and partition.embed == machine:
+    if spec.family == "gpt2" and embed:
         total += spec.max_context * spec.d_model * dtype.num_bytes
     return total
+
+
+def assigned_weight_bytes(spec: ModelSpec, partition: Partition, machine: int, dtype: Dtype, weights: Weights) -> float:
+    """Bytes of weights a machine holds for a partition."""
+    pieces = [(half, partition.units_on(machine, half)) for half in range(2 * spec.num_layers)]
+    embed, head = partition.embed == machine, partition.head == machine
+    return weight_bytes(spec, pieces, embed, head, dtype, weights)
 
 
 def assigned_kv_bytes(spec: ModelSpec, partition: Partition, machine: int, dtype: Dtype, positions: int) -> int:

@@ -6,6 +6,7 @@ half `2 l` is layer `l`'s attention, half `2 l + 1` its feed-forward block.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -264,6 +265,8 @@ def _owners_text(owners: Sequence[int], names: Sequence[str]) -> str:
 
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_.-]*"
+NAME = re.compile(_NAME)
+"""What a machine may be called."""
 _PIECE = re.compile(rf"\s*({_NAME}(?:\+{_NAME})*)\[([0-9.]+)(?::([0-9.]+))?\](?:\(([^()]*)\))?(?=\s|$)")
 _PLACE = re.compile(rf"\s*(embed|head)=({_NAME})(?=\s|$)")
 _ALL = re.compile(rf"\s*all:({_NAME})\s*")
@@ -288,6 +291,8 @@ class _Parser:
             place = None if piece else _PLACE.match(self.text, at)
             if piece:
                 self._piece(piece)
+            elif place and place.group(1) in places:
+                raise PartitionError(f"{place.group(1)}= is written twice in {self.text!r}")
             elif place:
                 places[place.group(1)] = self._machine(place.group(2))
             else:
@@ -311,6 +316,8 @@ class _Parser:
     def _piece(self, piece: re.Match[str]) -> None:
         who, first, last, units = piece.groups()
         machines = [self._machine(name) for name in who.split("+")]
+        if len(set(machines)) < len(machines):
+            raise PartitionError(f"piece {piece.group().strip()!r} names a machine twice")
         start = self._half(first)
         stop = self._half(last) if last else start + 2
         if start != len(self.halves):
@@ -374,7 +381,9 @@ class _Parser:
         try:
             half = 2 * float(text)
         except ValueError:
-            raise PartitionError(f"{text!r} is no layer; write a whole or half number") from None
+            half = math.nan
+        if not math.isfinite(half):
+            raise PartitionError(f"{text[:40]!r} is no layer; write a whole or half number")
         if half != int(half):
             raise PartitionError(
                 f"layer {text} is neither whole nor half; a cut lies between layers or after the attention"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from splitwise_llm.partition import Partition
@@ -37,17 +38,17 @@ def partition_picture(partition: Partition, names: Sequence[str], plain: bool = 
 def requests_table(records: Mapping[str, RequestRecord], reference: Sequence[int]) -> Table:
     """One row per mode: times, round trips, payload, memory, and whether the tokens equal the reference's."""
     emulated = any(record.is_emulated for record in records.values())
-    table = Table(title="emulated machines" if emulated else None)
+    table = Table(title="emulated machines" if emulated else None, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("mode")
     machines = list(dict.fromkeys(machine.name for record in records.values() for machine in record.machines))
-    memories = [f"{name} peak" for name in machines]
-    for column in ("TTFT", "ms/token", "round trips/token", "up", "down", *memories, "same tokens"):
-        table.add_column(column, justify="right")
+    memories = [f"{name}\npeak" for name in machines]
+    for column in ("TTFT", "ms/\ntoken", "round trips\n/token", "up", "down", *memories, "same\ntokens"):
+        table.add_column(column, justify="right", no_wrap=True)
     for mode, record in records.items():
         peaks = {machine.name: show_bytes(machine.peak_memory_bytes) for machine in record.machines}
         table.add_row(
             mode,
-            f"{1e3 * record.ttft_s:.1f} ms",
+            f"{1e3 * record.ttft_s:.0f} ms",
             f"{1e3 * record.tpot_s:.2f}",
             f"{record.round_trips_per_token:g}",
             show_bytes(record.up_bytes),

@@ -15,6 +15,7 @@ from splitwise_llm.units import parse_bytes, parse_rate, parse_seconds
 INT4_GROUP = 32
 """Input columns that share one scale in int4 weights; FFN shards are multiples of it where the model allows."""
 MAX_FFN_SHARDS = 8
+MAX_LAYERS = 10_000
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
 
@@ -77,6 +78,8 @@ class ModelSpec:
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value <= 0:
                 raise ModelError(f"{field.name} is {value}; a model has at least one")
+        if self.num_layers > MAX_LAYERS:
+            raise ModelError(f"num_layers is {self.num_layers}; expected at most {MAX_LAYERS}")
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"{self.num_heads} query heads cannot be grouped over {self.num_kv_heads} key/value heads evenly"
@@ -139,13 +142,14 @@ class ModelSpec:
             return value
 
         d_model, num_heads = size("d_model"), size("num_heads")
+        width = d_model // max(num_heads, 1)
         return cls(
             family=family,
             num_layers=size("num_layers"),
             d_model=d_model,
             num_heads=num_heads,
             num_kv_heads=num_heads if family == "gpt2" else size("num_kv_heads", num_heads),
-            head_dim=d_model // num_heads if family == "gpt2" else size("head_dim", d_model // max(num_heads, 1)),
+            head_dim=width if family == "gpt2" else size("head_dim", width),
             d_ff=size("d_ff", 4 * d_model if family == "gpt2" else None),
             vocab_size=size("vocab_size"),
             max_context=size("max_context"),

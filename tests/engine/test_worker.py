@@ -14,10 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from splitwise_llm import cost
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.worker import Worker
 from splitwise_llm.errors import (
+    BrokenInvariant,
     LinkDied,
     MemoryTooSmall,
     ModelError,
@@ -28,6 +30,8 @@ from splitwise_llm.errors import (
 )
 from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.partition import Partition
+from splitwise_llm.records import Interval
+from splitwise_llm.spec import Dtype, Weights
 from splitwise_llm.wire import messages
 from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.memory import MemoryLink, memory_pair
@@ -225,6 +229,55 @@ def test_a_device_that_vanishes_leaves_nothing_behind(lab: Run) -> None:
                 link.kill()
 
     lab(scene)
+
+
+def test_memory_is_shared_by_all_sessions_of_a_worker(lab: Run) -> None:
+    async def scene(lab: Lab) -> None:
+        spec = lab.checkpoint.architecture.spec
+        weights = cost.assigned_weight_bytes(spec, Partition.cut(spec, 2), 1, Dtype.FP32, Weights.FULL)
+        cache = cost.assigned_kv_bytes(spec, Partition.cut(spec, 2), 1, Dtype.FP32, 7)
+        lab.worker.machine._memory_limit = int(weights + 1.5 * cache)
+        async with lab.link() as first, lab.link() as second:
+            assert isinstance(await lab.opened(first), Opened)
+            failed = await lab.opened(second)
+            assert isinstance(failed, Failed)
+            assert failed.error == "MemoryTooSmall"
+            assert "together with 1 open sessions" in failed.message
+
+    lab(scene)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dial": {0: "127.0.0.1:9"}},
+        {"dial": {9: "127.0.0.1:9"}},
+        {"names": ["edge", "cloud", "third"], "direct": [(1, 2), (2, 1)], "dial": {2: "127.0.0.1:9"}},
+        {"names": ["edge", "cloud", "third"], "direct": [(1, 1)]},
+        {"names": ["edge", "cloud", "third"], "direct": [(1, 7)]},
+        {"names": ["edge", "cloud\n00:00 FAKE"]},
+    ],
+)
+def test_a_device_cannot_make_a_worker_dial_or_log_what_it_likes(lab: Run, changes: dict[str, object]) -> None:
+    async def scene(lab: Lab) -> None:
+        async with lab.link() as link:
+            failed = await lab.opened(link, **changes)
+            assert isinstance(failed, Failed)
+            assert failed.error == "ProtocolError"
+
+    lab(scene)
+
+
+def test_an_account_of_any_length_gets_through() -> None:
+    many = [Interval(n % 60, n, n / 7, n / 7 + 1) for n in range(100_000)]
+    closed = Closed([], 5, 6)
+    header, payload = unpack(pack(closed, messages.pack_intervals(many)))
+    assert header == closed
+    assert messages.unpack_intervals(payload) == tuple(many)
+    with pytest.raises(messages.ProtocolError):
+        messages.unpack_intervals(payload[:-1])
+    with pytest.raises(BrokenInvariant, match="belongs in the payload"):
+        pack(Failed("x", "y" * 2_000_000))
 
 
 def test_sessions_beyond_the_limit_are_refused_and_the_others_go_on(lab: Run) -> None:

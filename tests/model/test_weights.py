@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -108,6 +109,37 @@ def test_a_missing_or_misshapen_tensor_is_named(tiny: Callable[[str], Path], tmp
         resident.attention(4, (0,))
     (tmp_path / "config.json").write_text(config.replace('"vocab_size": 256', '"vocab_size": 300'))
     with pytest.raises(ModelError, match=r"has shape \(256, 64\), config\.json calls for \(300, 64\)"):
+        Resident(Checkpoint(tmp_path), Dtype.FP32, Weights.FULL, CPU).embedding()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eos_token_id": "x"},
+        {"rms_norm_eps": "abc"},
+        {"rope_parameters": [1]},
+        {"hidden_act": ["a"]},
+        {"layer_types": 5},
+        {"num_hidden_layers": 10**9},
+        {"quantization_config": {"quant_method": "fp8"}},
+    ],
+)
+def test_values_that_cannot_be_are_model_errors(
+    change: dict[str, object], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tiny("llama")
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads((source / "config.json").read_text()), **change}))
+    with pytest.raises(ModelError):
+        Checkpoint(tmp_path)
+
+
+def test_a_tensor_in_a_format_that_is_not_read_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    source = tiny("llama")
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    data = (source / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data.replace(b'"F32"', b'"I32"'))
+    with pytest.raises(ModelError, match="stored as I32; read are F32"):
         Resident(Checkpoint(tmp_path), Dtype.FP32, Weights.FULL, CPU).embedding()
 
 

@@ -58,6 +58,8 @@ async def judge(directory: Path, decision: Decision, prompt: list[int], tokens: 
 
 async def run_exactness(partitions: int, tokens: int, text: Path | None, tell: Tell) -> Figures:
     """`max_rel_logit_diff_fp32`, `greedy_mismatches`, `ties`, and `nats_lost_<weights>_<wire>` on held-out text."""
+    text = text or Path(str(resources.files("splitwise_llm") / "data" / "excerpt.txt"))
+    passage = text.read_text(encoding="utf-8")  # now, and not after minutes
     result = Figures("exactness", {"partitions_per_model": partitions, "tokens": tokens, "seed": 0})
     torch.set_num_threads(1)
     verdicts: list[Verdict] = []
@@ -74,7 +76,7 @@ async def run_exactness(partitions: int, tokens: int, text: Path | None, tell: T
     result.add("max_rel_logit_diff_fp32", max(v.relative_difference for v in verdicts), "at most 5e-05")
     result.add("greedy_mismatches", sum(v.mismatches for v in verdicts), f"of {tokens * len(verdicts)} tokens")
     result.add("ties", sum(v.ties for v in verdicts), "the reference's top two too close to call")
-    await _lossy(result, text, tell)
+    await _lossy(result, passage, tell)
     return result
 
 
@@ -99,11 +101,10 @@ LOSSY: Sequence[tuple[str, Dtype, Weights]] = (
 ELEMENT_LOSSES = (0.05, 0.2)
 
 
-async def _lossy(result: Figures, text: Path | None, tell: Tell) -> None:
+async def _lossy(result: Figures, passage: str, tell: Tell) -> None:
     """Nats per token above fp32 weights over an fp32 wire, on text, in a U shape (the stream crosses twice)."""
     directory = locate("bundled")
-    path = text or Path(str(resources.files("splitwise_llm") / "data" / "excerpt.txt"))
-    ids = Tokenizer(directory).encode(path.read_text(encoding="utf-8"))
+    ids = Tokenizer(directory).encode(passage)
     starts = [len(ids) * part // 3 for part in range(3)]
     windows = [ids[start : start + PROMPT_TOKENS + WINDOW_TOKENS] for start in starts]
     base = 0.0

@@ -39,7 +39,12 @@ def child(arguments: Sequence[str]) -> Iterator[Child]:
     """
     command = [sys.executable, "-m", "splitwise_llm", *arguments, "--until-stdin-closes"]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for this process; the child ends with its standard input
     ) as process:
         try:
             yield Child(process, _address(process, arguments))

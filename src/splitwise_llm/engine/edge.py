@@ -17,7 +17,7 @@ from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.tokenizer import Tokenizer
 from splitwise_llm.observation import Always, Policy
-from splitwise_llm.partition import Partition
+from splitwise_llm.partition import NAME, Partition
 from splitwise_llm.spec import DeviceSpec, Dtype, Weights
 from splitwise_llm.wire.codec import ElementLoss
 from splitwise_llm.wire.grpc_link import dial
@@ -44,9 +44,14 @@ class Edge:
     ) -> None:
         if EDGE in workers or len(set(workers)) != len(workers):
             raise RequestError(f"machine names must differ from each other and from '{EDGE}': {', '.join(workers)}")
+        for name in workers:
+            if not NAME.fullmatch(name):
+                raise RequestError(f"{name!r} is no machine name: letters, digits, '_', '.' and '-', a letter first")
         self.machine = machine
         self.names = (EDGE, *workers)
         pairs = {(self._number(a), self._number(b)): address for (a, b), address in (direct or {}).items()}
+        if any(a == b or (b, a) in pairs for a, b in pairs):
+            raise RequestError("a direct link joins two different workers, and each pair is named once")
         tokenizer = Tokenizer(machine.checkpoint.directory)
         self._device = Device(machine, tokenizer, self.names, connect or _nowhere, pairs)
 

@@ -77,6 +77,7 @@ class _Worker:
     welcome: Welcome
     rtt_s: float
     closed: Closed | None = None
+    intervals: tuple[Interval, ...] = ()
 
 
 class Generation:
@@ -127,6 +128,8 @@ class Generation:
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         stream, count = TextStream(self._device.tokenizer), 0
+        if self._driving is None:
+            raise BrokenInvariant("enter a generation (async with) before taking its tokens")
         while (arrived := await self._tokens.get()) is not None:
             # Decoded here and not on arrival: the next step does not wait for text.
             (sampled, at_s), count = arrived, count + 1
@@ -134,8 +137,7 @@ class Generation:
             if count == self._request.max_new_tokens or sampled.id in self._request.stop_ids:
                 text += stream.finish()
             yield Token(sampled.id, text, at_s)
-        if self._driving:
-            await self._driving  # raises what ended it, if anything did
+        await self._driving  # raises what ended it, if anything did
 
     # Opening
 
@@ -160,15 +162,17 @@ class Generation:
             start = time.monotonic()
             mine = self._device.machine.checkpoint.fingerprint
             await link.send(pack(Hello(messages.PROTOCOL_VERSION, mine)))
-            welcome = await _answer(name, link, Welcome)
+            welcome = await _answer(link, Welcome)
+            if welcome.dtype not in set(Dtype) or welcome.weights not in set(Weights):
+                raise ProtocolError(f"{link.peer} computes in unknown formats {welcome.dtype}, {welcome.weights}")
             if welcome.protocol != messages.PROTOCOL_VERSION:
                 raise PeerMismatch(
-                    f"{name} ({link.peer}) speaks protocol {welcome.protocol}, "
+                    f"{link.peer} speaks protocol {welcome.protocol}, "
                     f"this device {messages.PROTOCOL_VERSION}; install the same version on both"
                 )
             if welcome.fingerprint != mine:
                 raise PeerMismatch(
-                    f"{name} ({link.peer}) holds model {welcome.fingerprint}, this device {mine}; "
+                    f"{link.peer} holds model {welcome.fingerprint}, this device {mine}; "
                     "start both with the same --model"
                 )
             link.max_frame_bytes = min(link.max_frame_bytes, welcome.max_frame_bytes)
@@ -238,7 +242,7 @@ class Generation:
                 )
             )
         )
-        await _answer(worker.name, worker.link, Opened)
+        await _answer(worker.link, Opened)
 
     # Running
 
@@ -274,10 +278,11 @@ class Generation:
         """Take in what a worker sends, until its account. A worker that fails fails the walk with its name."""
         worker = self._workers[number]
         try:
-            header = await post.pump(number)
+            said = await post.pump(number)
+            header, payload = said or (None, memoryview(b""))
             if not isinstance(header, Closed):
-                raise _unexpected(worker.name, worker.link, header, Closed)
-            worker.closed = header
+                raise _unexpected(worker.link, header, Closed)
+            worker.closed, worker.intervals = header, messages.unpack_intervals(payload)
         except SplitwiseError as error:
             post.fail(error)
             raise
@@ -302,8 +307,8 @@ class Generation:
             crossings += [
                 Crossings(c.after, Kind(c.kind), c.src, c.dst, c.count, c.payload_bytes) for c in said.crossed
             ]
-            intervals = tuple(Interval(i.stage, i.step, i.start_s, i.stop_s) for i in said.intervals)
-            machines.append(MachineRecord(worker.name, said.peak_memory_bytes, intervals, worker.welcome.emulated))
+            emulated = worker.welcome.emulated
+            machines.append(MachineRecord(worker.name, said.peak_memory_bytes, worker.intervals, emulated))
             frame_bytes += said.frame_bytes
         crossings.sort(key=lambda c: (c.after, c.kind, c.src, c.dst))
         planned = self._plan.traffic(self._request.prompt_tokens, len(self._arrived))
@@ -336,26 +341,26 @@ class Generation:
         self._workers.clear()
 
 
-async def _answer(name: str, link: Link, kind: type[messages.H]) -> messages.H:
+async def _answer(link: Link, kind: type[messages.H]) -> messages.H:
     """The worker's next word, which must be of this kind. Raises what the worker says it met, or PeerError."""
     try:
         async with asyncio.timeout(OPENING_S):
             frame = await link.receive()
     except TimeoutError:
-        raise LinkDied(f"{name} ({link.peer}) did not answer for {OPENING_S:g} s") from None
+        raise LinkDied(f"{link.peer} did not answer for {OPENING_S:g} s") from None
     header = unpack(frame)[0] if frame is not None else None
     if not isinstance(header, kind):
-        raise _unexpected(name, link, header, kind)
+        raise _unexpected(link, header, kind)
     return header
 
 
-def _unexpected(name: str, link: Link, header: Header | None, wanted: type) -> SplitwiseError:
+def _unexpected(link: Link, header: Header | None, wanted: type) -> SplitwiseError:
     """The error for anything but the answer that was due; a worker's own error keeps its class if it is the user's."""
     if header is None:
-        return LinkDied(f"{name} ({link.peer}) closed the link; see its log")
+        return LinkDied(f"{link.peer} closed the link; see its log")
     if not isinstance(header, Failed):
-        return ProtocolError(f"{name} ({link.peer}) sent {type(header).__name__}, expected {wanted.__name__}")
+        return ProtocolError(f"{link.peer} sent {type(header).__name__}, expected {wanted.__name__}")
     kind = getattr(errors, header.error, None)
     if isinstance(kind, type) and issubclass(kind, UserError | PeerMismatch):
-        return kind(f"{name} ({link.peer}): {header.message}")
-    return WorkerFailed(f"{name} ({link.peer}) ended the session: {header.message}")
+        return kind(f"{link.peer}: {header.message}")
+    return WorkerFailed(f"{link.peer} ended the session: {header.message}")

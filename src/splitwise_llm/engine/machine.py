@@ -1,4 +1,4 @@
-"""A machine: resident weights and the one thread that computes, for any number of sessions, one piece at a time.
+"""A machine: resident weights, and computing for any number of sessions, one piece at a time.
 
 It does not know about links; sessions bring it work and wait.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -61,7 +61,8 @@ class Machine:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._memory_limit = memory_bytes
         self._resident = Resident(checkpoint, dtype, weights, self.device)
-        self._needs: dict[object, tuple[Need, float]] = {}
+        self._open: dict[object, tuple[Need, int]] = {}
+        """What each open session needs: slices, and bytes of cache."""
         self._busy = 0
         torch.set_num_threads(threads)
         # One thread: sessions queue for the processor instead of fighting over it, and the event loop stays free.
@@ -95,44 +96,51 @@ class Machine:
             return self._memory_limit
         if isinstance(self.emulate, DeviceSpec):
             return int(self.emulate.memory_bytes)
-        return available_memory_bytes() + int(sum(size for _, size in self._needs.values()))
+        return available_memory_bytes() + int(sum(self._held(list(self._open.values()))))
 
-    def check_fits(self, name: str, partition: Partition, number: int, capacity: int) -> float:
-        """Bytes of weights and cache machine `number` would hold. Raises MemoryTooSmall, with the sizes."""
-        weights = cost.assigned_weight_bytes(self.spec, partition, number, self.dtype, self.weights)
-        cache = cost.assigned_kv_bytes(self.spec, partition, number, self.dtype, capacity)
+    def _held(self, sessions: Sequence[tuple[Need, int]]) -> tuple[float, int]:
+        """Bytes of weights (slices that sessions share count once) and of caches."""
+        pieces = {piece for need, _ in sessions for piece in need.units}
+        embed, head = any(need.embed for need, _ in sessions), any(need.head for need, _ in sessions)
+        weights = cost.weight_bytes(self.spec, pieces, embed, head, self.dtype, self.weights)
+        return weights, sum(cache for _, cache in sessions)
+
+    def _check_fits(self, name: str, wanted: tuple[Need, int]) -> None:
+        """Raise MemoryTooSmall, with the sizes, unless one more session fits beside the open ones."""
+        weights, cache = self._held([*self._open.values(), wanted])
         if weights + cache > self.memory_bytes:
+            others = f" together with {len(self._open)} open sessions" if self._open else ""
             raise MemoryTooSmall(
                 f"{name} would hold {show_bytes(weights)} of weights ({self.dtype}, {self.weights}) and "
-                f"{show_bytes(cache)} of cache, and has {show_bytes(self.memory_bytes)}; give it fewer layers, "
+                f"{show_bytes(cache)} of cache{others}, and has {show_bytes(self.memory_bytes)}; give it fewer layers, "
                 "or start it with --weights int8 or int4"
             )
-        return weights + cache
 
     async def open_share(self, key: object, name: str, partition: Partition, number: int, capacity: int) -> Share:
         """Load what machine `number` needs (once) and make a session's share of it; `release` it by its key.
 
         Slices that no open session needs are forgotten first. Raises MemoryTooSmall before loading, ModelError.
         """
-        size = self.check_fits(name, partition, number, capacity)
         need = need_of(partition, number)
-        self._needs[key] = (need, size)
+        wanted = (need, cost.assigned_kv_bytes(self.spec, partition, number, self.dtype, capacity))
+        self._check_fits(name, wanted)
+        self._open[key] = wanted
         try:
-            return (await self.compute(lambda: self._open(need, capacity))).value
+            return (await self.compute(lambda: self._load(need, capacity))).value
         except BaseException:
             self.release(key)
             raise
 
-    def _open(self, need: Need, capacity: int) -> Share:
-        self._resident.keep_only(need for need, _ in list(self._needs.values()))
-        if len(self._needs) == 1:
+    def _load(self, need: Need, capacity: int) -> Share:
+        self._resident.keep_only(need for need, _ in list(self._open.values()))
+        if len(self._open) == 1:
             reset_peak_memory()
         self._resident.load(need)
         return Share(self._resident, need, capacity)
 
     def release(self, key: object) -> None:
-        """The session is over; its slices stay resident until another session needs the room."""
-        self._needs.pop(key, None)
+        """The session is over; its slices stay until the next session opens, in case it needs them."""
+        self._open.pop(key, None)
 
     async def compute(
         self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None = None, here: bool = False

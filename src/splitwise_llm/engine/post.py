@@ -107,7 +107,7 @@ class Post:
         header, payload = found
         return payload, header.depth + len(self.plan.legs(move.src, move.dst))
 
-    async def pump(self, peer: int) -> Header | None:
+    async def pump(self, peer: int) -> tuple[Header, memoryview] | None:
         """Take frames off the link to `peer` until one is not data, and return that (None: the link was closed).
 
         Raises ProtocolError for data that the plan does not call for, LinkDied.
@@ -116,7 +116,7 @@ class Post:
         while (frame := await self._next(link, peer)) is not None:
             header, payload = unpack(frame)
             if not isinstance(header, Data):
-                return header
+                return header, payload
             await self._accept(header, payload, frame, peer)
         return None
 

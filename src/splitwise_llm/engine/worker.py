@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import UnionType
-from typing import get_args
+from typing import Any, get_args
 
 from splitwise_llm import plan as plans
 from splitwise_llm.decision import Decision, WirePrecision
@@ -28,7 +28,7 @@ from splitwise_llm.errors import (
     WorkerFailed,
 )
 from splitwise_llm.model.sampling import Sampling
-from splitwise_llm.partition import Partition
+from splitwise_llm.partition import NAME, Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.wire import messages
 from splitwise_llm.wire.codec import ElementLoss
@@ -39,6 +39,8 @@ from splitwise_llm.wire.messages import Close, Closed, Failed, Header, Hello, Jo
 log = logging.getLogger(__name__)
 GREETING_S = 10.0
 """A device that has not said who it is after this long is hung up on."""
+OPENING_S = 30.0
+"""One that has not said what it wants; it decides at once, but may wait for other workers to greet it."""
 
 
 class Worker:
@@ -77,7 +79,7 @@ class Worker:
             await self._join(link, first)
         elif isinstance(first, Hello):
             await self._greet(link, first)
-            opening = await _expect(link, Open, self.idle_s)
+            opening = await _expect(link, Open, OPENING_S)
             if isinstance(opening, Open):
                 await self._open(link, opening)
 
@@ -107,9 +109,9 @@ class Worker:
     async def _neighbour(self, post: Post, machine: int) -> None:
         """Take in what another worker sends until it closes; its failure is the session's."""
         try:
-            header = await post.pump(machine)
-            if header is not None:
-                raise ProtocolError(f"got {type(header).__name__} on a direct link, expected data")
+            said = await post.pump(machine)
+            if said is not None:
+                raise ProtocolError(f"got {type(said[0]).__name__} on a direct link, expected data")
         except SplitwiseError as error:
             post.fail(error)
             raise
@@ -154,7 +156,7 @@ class Worker:
             await link.send(pack(Opened(load_s=time.monotonic() - start)))
             log.info("session from %s: %s", link.peer, partition.text(opening.names))
             if await self._until_closed(walker, post, list(dialled)):
-                await link.send(pack(_closed(walker, post)))
+                await link.send(pack(_closed(post), messages.pack_intervals(walker.intervals)))
         finally:
             self._posts.pop(opening.session, None)
             self.machine.release(key)
@@ -175,6 +177,14 @@ class Worker:
         spec = self.machine.spec
         if opening.machine in (DEVICE, *range(len(opening.names), 256)):
             raise ProtocolError(f"this worker cannot be machine {opening.machine} of {len(opening.names)}")
+        if not all(NAME.fullmatch(name) for name in opening.names):
+            raise ProtocolError("machine names are letters, digits, '_', '.' and '-', a letter first")
+        pairs = {frozenset(pair) for pair in opening.direct}
+        for machine in opening.dial:
+            if machine in (DEVICE, opening.machine) or (opening.machine, machine) not in opening.direct:
+                raise ProtocolError(f"machine {machine} is not to be dialled by machine {opening.machine}")
+        if len(pairs) < len(opening.direct) or any(len(p) < 2 or max(p) >= len(opening.names) for p in pairs):
+            raise ProtocolError(f"direct links {opening.direct} name a pair twice, or machines that are not there")
         if opening.wire not in list(WirePrecision):
             raise RequestError(f"unknown wire precision {opening.wire!r}; known are {', '.join(WirePrecision)}")
         partition = Partition.from_bytes(opening.partition, spec)
@@ -202,12 +212,13 @@ class Worker:
                 await asyncio.wait({pumping, watching}, return_when=asyncio.FIRST_COMPLETED)
             if watching.done():
                 watching.result()
-            header = pumping.result()
+            said = pumping.result()
         finally:
             await _end(walking, pumping, watching, *others)
-        if header is None:
+        if said is None:
             log.info("%s left", post.links[DEVICE].peer)
             return False
+        header, _ = said
         if isinstance(header, Failed):
             raise ProtocolError(f"the device gave up: {header.message}")
         if not isinstance(header, Close):
@@ -223,10 +234,9 @@ class Worker:
         raise WorkerFailed(f"nothing was sent or received for {self.idle_s:g} s; the session is closed")
 
 
-def _closed(walker: Walker, post: Post) -> Closed:
+def _closed(post: Post) -> Closed:
     crossed = [messages.Crossed(c.after, c.kind, c.src, c.dst, c.count, c.payload_bytes) for c in post.crossings]
-    intervals = [messages.Interval(i.stage, i.step, i.start_s, i.stop_s) for i in walker.intervals]
-    return Closed(crossed, intervals, peak_memory_bytes(), post.frame_bytes)
+    return Closed(crossed, peak_memory_bytes(), post.frame_bytes)
 
 
 async def _expect(link: Link, kind: type[messages.H] | UnionType, within_s: float) -> Header | None:
@@ -253,7 +263,7 @@ async def _tell(link: Link, error: SplitwiseError) -> None:
         await link.send(pack(Failed(type(error).__name__, str(error))))
 
 
-async def _end(*tasks: asyncio.Task[object] | asyncio.Task[None] | asyncio.Task[Header | None]) -> None:
+async def _end(*tasks: asyncio.Task[Any]) -> None:
     """Cancel what still runs and wait until it has ended; what it raises was raised already or no longer matters."""
     waiting: list[Awaitable[object]] = []
     for task in tasks:

@@ -25,6 +25,7 @@ from splitwise_llm.model.families import Architecture
 BUNDLED = "bundled"
 _SAMPLES_PER_TENSOR = 4
 _SAMPLE_BYTES = 64
+_DTYPES = ("F32", "F16", "BF16", "F64")
 _BLOCK_BYTES = 16 << 20
 """Of a file, at most so much is mapped at a time."""
 
@@ -81,8 +82,16 @@ class Checkpoint:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.config = _json_object(self.directory / "config.json")
-        self.tensors = _index(self.directory)
-        self.architecture = Architecture.from_config(self.config, frozenset(self.tensors))
+        if self.config.get("quantization_config"):
+            raise ModelError(f"{self.directory} is quantised already; give the full-precision model and use --weights")
+        try:
+            self.tensors = _index(self.directory)
+            self.architecture = Architecture.from_config(self.config, frozenset(self.tensors))
+            self.stop_ids = self._stop_ids()
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise ModelError(
+                f"{self.directory} has a value that cannot be in config.json or its like: {error}"
+            ) from error
 
     def info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         """The tensor of this name. Raises ModelError unless it exists with this shape."""
@@ -92,6 +101,10 @@ class Checkpoint:
         if found.shape != shape:
             raise ModelError(
                 f"{self.directory}: tensor {name!r} has shape {found.shape}, config.json calls for {shape}"
+            )
+        if found.dtype not in _DTYPES:
+            raise ModelError(
+                f"{self.directory}: tensor {name!r} is stored as {found.dtype}; read are {', '.join(_DTYPES)}"
             )
         return found
 
@@ -134,8 +147,7 @@ class Checkpoint:
                     digest.update(file.read(min(_SAMPLE_BYTES, info.stop - info.start)))
         return digest.hexdigest()[:16]
 
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
+    def _stop_ids(self) -> tuple[int, ...]:
         """Ids that end a text, from `generation_config.json` or `config.json`."""
         path = self.directory / "generation_config.json"
         config = _json_object(path) if path.exists() else {}
@@ -147,7 +159,7 @@ class Checkpoint:
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}; a model directory has it") from error
     if not isinstance(data, dict):
         raise ModelError(f"{path} holds no object")

@@ -1,6 +1,6 @@
 """What distinguishes GPT-2, Llama, Qwen2 and Qwen3, as data: names of tensors, biases, norms, positions.
 
-The arithmetic in `blocks.py` reads this table; there is no copied model file. Source of the layouts:
+The arithmetic in `share.py` reads this table; there is no copied model file. Source of the layouts:
 the published checkpoints and `config.json` fields of each family.
 """
 

@@ -23,8 +23,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100:
             raise RequestError(f"temperature is {self.temperature}; expected 0 (greedy) up to 100")
-        if self.top_k < 0:
-            raise RequestError(f"top-k is {self.top_k}; expected 0 (all) or more")
+        if not 0 <= self.top_k < 2**31:
+            raise RequestError(f"top-k is {self.top_k}; expected 0 (all) up to {2**31 - 1}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise RequestError(f"seed {self.seed} is too large; expected a 64-bit number")
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top-p is {self.top_p}; expected more than 0, at most 1")
 

@@ -7,14 +7,17 @@ to the end. Decoding is strict: unknown fields, wrong types and impossible lengt
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Annotated, TypeVar
 
 import msgspec
 
-from splitwise_llm.errors import ProtocolError
+from splitwise_llm.errors import BrokenInvariant, ProtocolError
+from splitwise_llm.records import Interval
 
 PROTOCOL_VERSION = 1
 _LENGTH = struct.Struct("<I")
+_INTERVAL = struct.Struct("<iidd")
 _MAX_HEADER_BYTES = 1 << 20
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
@@ -103,15 +106,6 @@ class Close(_Header, frozen=True, tag="close"):
     """Device to worker: the session is over, say what you counted."""
 
 
-class Interval(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One computation: the stage, the step, and when, on the monotonic clock of the machine."""
-
-    stage: int
-    step: int
-    start_s: float
-    stop_s: float
-
-
 class Crossed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Messages and payload bytes of one kind after one stage over one directed link."""
 
@@ -124,10 +118,10 @@ class Crossed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class Closed(_Header, frozen=True, tag="closed"):
-    """Worker to device: what it sent, when it computed, and the most memory it held."""
+    """Worker to device: what it sent and the most memory it held. The payload says when it computed, as
+    `pack_intervals` writes it."""
 
     crossed: list[Crossed]
-    intervals: list[Interval]
     peak_memory_bytes: int
     frame_bytes: int
 
@@ -149,6 +143,10 @@ _decoder: msgspec.msgpack.Decoder[Header] = msgspec.msgpack.Decoder(Header)
 def pack(header: Header, payload: bytes = b"") -> bytes:
     """A frame."""
     head = _encoder.encode(header)
+    if len(head) > _MAX_HEADER_BYTES:
+        raise BrokenInvariant(
+            f"a {type(header).__name__} header of {len(head)} bytes; what grows belongs in the payload"
+        )
     return b"".join((_LENGTH.pack(len(head)), head, payload))
 
 
@@ -165,3 +163,15 @@ def unpack(frame: bytes) -> tuple[Header, memoryview]:
     except msgspec.DecodeError as error:
         raise ProtocolError(f"the header of a frame cannot be read: {error}") from error
     return header, view[_LENGTH.size + length :]
+
+
+def pack_intervals(intervals: Sequence[Interval]) -> bytes:
+    """Stage and step (int32), start and stop (seconds, float64) of each, one after the other."""
+    return b"".join(_INTERVAL.pack(one.stage, one.step, one.start_s, one.stop_s) for one in intervals)
+
+
+def unpack_intervals(payload: memoryview) -> tuple[Interval, ...]:
+    """The inverse of `pack_intervals`. Raises ProtocolError."""
+    if len(payload) % _INTERVAL.size:
+        raise ProtocolError(f"{len(payload)} bytes are no whole number of intervals")
+    return tuple(Interval(*one) for one in _INTERVAL.iter_unpack(payload))
