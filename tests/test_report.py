@@ -58,7 +58,7 @@ def test_a_table_has_a_row_per_mode_and_says_whether_the_tokens_are_the_same() -
     text = drawn(requests_table({"cut": RECORD, "odd": other}, reference=(5, 6)))
     assert "emulated" not in text
     cut, odd = (next(line for line in text.splitlines() if f" {mode} " in line) for mode in ("cut", "odd"))
-    for said in ("50 ms", "20.00", "1.3 kB", "8 B", "310.0 MB", "yes"):
+    for said in ("50 ms", "20.00", "1.3 kB", "8 B", "310 MB", "yes"):
         assert said in cut
     assert "NO" in odd
     slow = replace(RECORD, machines=(replace(RECORD.machines[0], emulated="pi"), RECORD.machines[1]))

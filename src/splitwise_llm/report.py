@@ -39,13 +39,13 @@ def requests_table(records: Mapping[str, RequestRecord], reference: Sequence[int
     """One row per mode: times, round trips, payload, memory, and whether the tokens equal the reference's."""
     emulated = any(record.is_emulated for record in records.values())
     table = Table(title="emulated machines" if emulated else None, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("mode")
+    table.add_column("mode", no_wrap=True)
     machines = list(dict.fromkeys(machine.name for record in records.values() for machine in record.machines))
     memories = [f"{name}\npeak" for name in machines]
-    for column in ("TTFT", "ms/\ntoken", "round trips\n/token", "up", "down", *memories, "same\ntokens"):
+    for column in ("TTFT", "ms/\ntoken", "trips/\ntoken", "up", "down", *memories, "same\ntokens"):
         table.add_column(column, justify="right", no_wrap=True)
     for mode, record in records.items():
-        peaks = {machine.name: show_bytes(machine.peak_memory_bytes) for machine in record.machines}
+        peaks = {machine.name: f"{machine.peak_memory_bytes / 1e6:.0f} MB" for machine in record.machines}
         table.add_row(
             mode,
             f"{1e3 * record.ttft_s:.0f} ms",
