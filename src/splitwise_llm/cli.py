@@ -302,7 +302,7 @@ def keys(
 
     for files in make_keys(out_dir, names=host or [], days=days, overwrite=force):
         print(f"{files.certificate}  {files.key}")
-    print(f"copy {out_dir} to every machine, then use --tls {out_dir} with worker and generate")
+    print("copy ca.pem and worker.* to the worker, ca.pem and device.* to the device, then use --tls DIR on both")
 
 
 @app.command()
