@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,5 +81,20 @@ def test_an_emulated_device_takes_the_time_its_roofline_predicts(text: str) -> N
                 assert due <= interval.stop_s - interval.start_s < due + 0.05
             # 16 sub-blocks and the head, 1 ms of launch each, and 23 MB at 400 MB/s, per token.
             assert generation.record.tpot_s == pytest.approx(0.017 + 23.1e6 / 4e8, rel=0.15)
+
+    asyncio.run(play())
+
+
+def test_work_that_nobody_waits_for_any_more_still_counts_as_work(tiny: Callable[[str], Path]) -> None:
+    async def play() -> None:
+        with Machine(Checkpoint(tiny("llama"))) as machine:
+            given_up = asyncio.create_task(machine.compute(lambda: time.sleep(0.3)))
+            await asyncio.sleep(0.05)
+            given_up.cancel()
+            await asyncio.gather(given_up, return_exceptions=True)
+            beside = await machine.compute(threading.current_thread, here=True)
+            assert beside.value.name.startswith("compute")
+            after = await machine.compute(threading.current_thread, here=True)
+            assert after.value is threading.current_thread()
 
     asyncio.run(play())

@@ -30,6 +30,7 @@ from splitwise_llm.errors import (
 )
 from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.partition import Partition
+from splitwise_llm.plan import Kind
 from splitwise_llm.records import Interval
 from splitwise_llm.spec import Dtype, Weights
 from splitwise_llm.wire import messages
@@ -276,6 +277,9 @@ def test_an_account_of_any_length_gets_through() -> None:
     assert messages.unpack_intervals(payload) == tuple(many)
     with pytest.raises(messages.ProtocolError):
         messages.unpack_intervals(payload[:-1])
+    strange = pack(Closed([messages.Crossed(0, Kind.TOKEN, 1, 0, 2, 8)], 5, 6)).replace(b"token", b"taken")
+    with pytest.raises(messages.ProtocolError):
+        unpack(strange)
     with pytest.raises(BrokenInvariant, match="belongs in the payload"):
         pack(Failed("x", "y" * 2_000_000))
 

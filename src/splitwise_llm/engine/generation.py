@@ -32,7 +32,7 @@ from splitwise_llm.errors import (
 )
 from splitwise_llm.model.tokenizer import TextStream, Tokenizer
 from splitwise_llm.observation import MachineView, Observation, Policy
-from splitwise_llm.plan import DEVICE, Crossings, Kind
+from splitwise_llm.plan import DEVICE, Crossings
 from splitwise_llm.records import Interval, MachineRecord, RequestRecord
 from splitwise_llm.spec import Dtype, Weights
 from splitwise_llm.wire import messages
@@ -304,9 +304,7 @@ class Generation:
             if worker.closed is None:
                 raise BrokenInvariant(f"{worker.name} closed without an account")
             said = worker.closed
-            crossings += [
-                Crossings(c.after, Kind(c.kind), c.src, c.dst, c.count, c.payload_bytes) for c in said.crossed
-            ]
+            crossings += [Crossings(c.after, c.kind, c.src, c.dst, c.count, c.payload_bytes) for c in said.crossed]
             emulated = worker.welcome.emulated
             machines.append(MachineRecord(worker.name, said.peak_memory_bytes, worker.intervals, emulated))
             frame_bytes += said.frame_bytes

@@ -13,6 +13,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from splitwise_llm.errors import BrokenInvariant, ProtocolError
+from splitwise_llm.plan import Kind
 from splitwise_llm.records import Interval
 
 PROTOCOL_VERSION = 1
@@ -110,7 +111,7 @@ class Crossed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     """Messages and payload bytes of one kind after one stage over one directed link."""
 
     after: int
-    kind: str
+    kind: Kind
     src: int
     dst: int
     count: int
