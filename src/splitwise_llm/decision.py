@@ -8,6 +8,8 @@ from enum import StrEnum
 from splitwise_llm.errors import RequestError
 from splitwise_llm.partition import Partition
 
+MAX_DRAFT = 16
+
 
 class WirePrecision(StrEnum):
     """How activations are written on a link; the quantised forms carry one fp32 scale per token."""
@@ -30,15 +32,19 @@ class WirePrecision(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A partition, the precision on the wire, and the prompt positions per prefill chunk (None: one chunk)."""
+    """A partition, the precision on the wire, the prompt positions per prefill chunk (None: one chunk), and the
+    tokens drafted before each verifying step (0: plain decoding)."""
 
     partition: Partition
     wire: WirePrecision = WirePrecision.FP32
     prefill_chunk: int | None = None
+    draft: int = 0
 
     def __post_init__(self) -> None:
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
             raise RequestError(f"prefill chunk is {self.prefill_chunk}; expected at least 1 position, or none")
+        if not 0 <= self.draft <= MAX_DRAFT:
+            raise RequestError(f"{self.draft} drafted tokens per step; expected 0 to {MAX_DRAFT}")
 
     def num_chunks(self, prompt_tokens: int) -> int:
         """Into how many chunks a prompt is prefilled."""

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from splitwise_llm.decision import Decision
+import numpy as np
+from numpy.typing import NDArray
+
+from splitwise_llm.cost import UNLIMITED, Job, Limits, Load, Table, World
+from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.spec import Dtype, ModelSpec, Weights
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +30,30 @@ class MachineView:
 
 
 @dataclass(frozen=True, slots=True)
+class Tools:
+    """What a decision may use besides the partition; the same for every policy that is compared."""
+
+    wires: tuple[WirePrecision, ...] = (WirePrecision.FP16,)
+    chunks: tuple[int | None, ...] = (None,)
+    drafts: tuple[int, ...] = (0,)
+
+
+PLAIN = Tools()
+EVERYTHING = Tools(
+    (WirePrecision.FP16, WirePrecision.INT8, WirePrecision.INT4), (None, 32, 128), (0, 1, 2, 3, 4, 6)
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a running generation is: what it runs, and how far it has come."""
+
+    decision: Decision
+    context: int
+    tokens_out: int
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """Everything a policy may base a decision on. Later rooms add fields and take none away."""
 
@@ -30,6 +61,26 @@ class Observation:
     machines: tuple[MachineView, ...]
     prompt_tokens: int
     max_new_tokens: int
+    world: World | None = None
+    """The machines and links as they are believed to be now; None when nobody has measured them."""
+    nominal: World | None = None
+    """The same as they were when plans were made; None: as now."""
+    loads: Mapping[int, Load] = field(default_factory=dict)
+    """What others make of the machines, as last heard."""
+    limits: Limits = UNLIMITED
+    tools: Tools = PLAIN
+    expected_tokens: int | None = None
+    """A guess at the answer's length; None: as many as are allowed."""
+    queues: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Seconds of work before device, uplink, downlink and cloud."""
+    virtual: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    placement: Placement | None = None
+    """None at admission."""
+
+    @property
+    def job(self) -> Job:
+        """The request as far as it is known."""
+        return Job(self.prompt_tokens, self.expected_tokens or self.max_new_tokens)
 
 
 class Policy(Protocol):
@@ -48,3 +99,40 @@ class Always:
         """The decision it was made with. Raises PartitionError if it does not fit what is observed."""
         self.decision.partition.check(observation.model, len(observation.machines))
         return self.decision
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Menu:
+    """The same question asked of many systems at a time: which of a table's plans? Arrays lead with the system.
+
+    Every array is what the decision maker believes, as old as its information is.
+    """
+
+    table: Table
+    conditions: Floats
+    """(systems, conditions)"""
+    admissible: NDArray[np.bool_]
+    """(systems, plans): neither forbidden nor out of reach now."""
+    queues: Floats
+    """(systems, 4): seconds of work before device, up, down, cloud."""
+    virtual: Floats
+    """(systems, 4)"""
+    current: NDArray[np.int64]
+    """(systems,): the plan a running generation is on; -1 at admission."""
+    remaining_tokens: Floats
+    """(systems,): expected tokens still to come after the first (admission) or after those there are."""
+    entry_s: Floats
+    """(systems, plans): in flight, seconds until the generation can go on with a plan; unused at admission."""
+    entry_device_s: Floats
+    """(systems, plans): of that, work of the device."""
+    entry_cloud_s: Floats
+    waited_s: Floats
+    """(systems,): since the request arrived."""
+
+
+class Chooser(Protocol):
+    """A decision maker for many systems at a time."""
+
+    def choose(self, menu: Menu) -> NDArray[np.int64]:
+        """Per system the number of a plan, -1 to leave a running generation as it is or, at admission, to shed."""
+        ...

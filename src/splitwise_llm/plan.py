@@ -105,7 +105,8 @@ class Crossings:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One walk through the stages: `count` positions from `start`; `emits` unless a later chunk follows."""
+    """One walk through the stages: `count` positions from `start`; `emits` unless a later chunk follows. A decode
+    step of more than one position verifies drafted tokens."""
 
     index: int
     start: int
@@ -156,11 +157,11 @@ class Plan:
             case Kind.PROMPT:
                 return step.count if step.is_prefill else 0
             case Kind.NEXT:
-                return 0 if step.is_prefill else 1
-            case Kind.TOKEN:
+                return 0 if step.is_prefill else step.count
+            case _ if step.is_prefill and (move.last_only or move.kind is Kind.TOKEN):
                 return int(step.emits)
             case _:
-                return int(step.emits) if move.last_only else step.count
+                return step.count
 
     def payload_bytes(self, move: Move, rows: int) -> int:
         """Payload of a move that carries `rows` positions."""

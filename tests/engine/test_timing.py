@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from splitwise_llm.bench.in_process import in_process
-from splitwise_llm.cost import stage_seconds
+from splitwise_llm.cost import Host, stage_seconds
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.partition import Partition
 from splitwise_llm.records import RequestRecord
-from splitwise_llm.spec import DeviceSpec, Dtype, Weights
+from splitwise_llm.spec import DeviceSpec, Dtype
 from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.shaped import ShapedLink
 from splitwise_llm.wire.shaper import LinkShape
@@ -77,7 +77,7 @@ def test_an_emulated_device_takes_the_time_its_roofline_predicts(text: str) -> N
             plan = generation._plan
             for interval in me.intervals:
                 step = plan.step(interval.step, len(PROMPT))
-                due = stage_seconds(machine.spec, device, plan.stages[0], 0, step, Dtype.FP32, Weights.FULL)
+                due = stage_seconds(machine.spec, Host(device, Dtype.FP32), plan.stages[0], 0, step)
                 assert due <= interval.stop_s - interval.start_s < due + 0.05
             # 16 sub-blocks and the head, 1 ms of launch each, and 23 MB at 400 MB/s, per token.
             assert generation.record.tpot_s == pytest.approx(0.017 + 23.1e6 / 4e8, rel=0.15)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitwise_llm.errors import SpecError
+from splitwise_llm.traces import Direction, RateTrace, parse_trace
 from splitwise_llm.wire.shaper import Lane, LinkShape, Outage
-from splitwise_llm.wire.traces import Direction, RateTrace, parse_trace
 
 rates = st.floats(1e3, 1e9)  # bytes/s
 delays_s = st.floats(0, 1)

@@ -109,6 +109,8 @@ class Generation:
         try:
             unreachable = await self._greet_all()
             self.decision = self._policy.decide(self._observation())
+            if self.decision.draft:
+                raise RequestError(f"{self.decision.draft} drafted tokens: drafting is priced, not executed; use 0")
             await self._open_all(unreachable)
         except BaseException:
             await self._leave()

@@ -15,6 +15,7 @@ from functools import partial
 from torch import Tensor
 
 from splitwise_llm import cost
+from splitwise_llm.cost import Host
 from splitwise_llm.engine.machine import Machine, T
 from splitwise_llm.engine.post import Post
 from splitwise_llm.errors import ProtocolError, RequestError
@@ -342,7 +343,8 @@ class Walker:
         def predicted(device: DeviceSpec) -> float:
             if adding:
                 return 0.0
-            return cost.stage_seconds(machine.spec, device, stop.stage, self.me, step, machine.dtype, machine.weights)
+            host = Host(device, machine.dtype, machine.weights)
+            return cost.stage_seconds(machine.spec, host, stop.stage, self.me, step)
 
         here = not step.is_prefill and self.post.may_block
         result = await machine.compute(work, predicted, here)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from splitwise_llm.errors import SpecError
+from splitwise_llm.traces import Direction, RateTrace, named_trace
 from splitwise_llm.units import parse_rate, parse_seconds
-from splitwise_llm.wire.traces import Direction, RateTrace, read_trace
 
 Rate = float | RateTrace | None
 """Bytes per second, constant or from a trace; None is unlimited."""
@@ -91,11 +91,12 @@ class LinkShape:
             )
 
     @classmethod
-    def parse(cls, text: str, read: Callable[[str, Direction], RateTrace] = read_trace) -> Self:
+    def parse(cls, text: str, read: Callable[[str, Direction], RateTrace] = named_trace) -> Self:
         """From `rtt=20ms up=50mbit down=50mbit jitter=2ms outage=10s/3s seed=1`, in any order, all optional.
 
-        `rate=20mbit` is both directions; a rate may also be a trace file, as in `up=walk.csv.gz`, or
-        `unlimited`; quote paths with blanks as in a shell. `rtt` is halved into the one-way delay.
+        `rate=20mbit` is both directions; a rate may also be `unlimited` or a trace file, as in `up=walk.csv.gz`
+        (`up=walk.csv.gz:cut` leaves out the pauses of a recorder); quote paths with blanks as in a shell.
+        `rtt` is halved into the one-way delay.
         Traces are read with `read`. Raises SpecError.
         """
         given = _settings(text)

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from splitwise_llm.partition import Part, Partition
-from splitwise_llm.plan import Shared, Stage, Step
-from splitwise_llm.spec import DeviceSpec, Dtype, ModelSpec, Weights
+from splitwise_llm.spec import Dtype, ModelSpec, Weights
 
 
 def _matrices(spec: ModelSpec, part: Part) -> tuple[tuple[int, int], ...]:
@@ -76,30 +75,18 @@ def unit_memory_bytes(spec: ModelSpec, part: Part, context: int, dtype: Dtype, w
     return unit_weight_bytes(spec, part, dtype, weights) + kv
 
 
-def head_flop(spec: ModelSpec) -> float:
-    """FLOP of the output projection for the one position that is sampled."""
-    return 2.0 * spec.vocab_size * spec.d_model
+def head_flop(spec: ModelSpec, rows: int = 1) -> float:
+    """FLOP of the output projection for the positions that are sampled or verified."""
+    return 2.0 * rows * spec.vocab_size * spec.d_model
 
 
-def stage_seconds(
-    spec: ModelSpec, device: DeviceSpec, stage: Stage, machine: int, step: Step, dtype: Dtype, weights: Weights
-) -> float:
-    """What one stage of a step takes `machine` if it is `device`, by its roofline: its units sub-block by sub-block,
-    and the output projection where the head is."""
-    context = step.start + step.count
+def model_flop(spec: ModelSpec, positions: int, context: int) -> float:
+    """FLOP of the whole model over `positions` new positions, with one output projection."""
+    attention = spec.num_kv_heads * unit_flop(spec, Part.ATTENTION, positions, context)
+    ffn = spec.num_ffn_shards * unit_flop(spec, Part.FFN, positions, context)
+    return spec.num_layers * (attention + ffn) + head_flop(spec)
 
-    def half(number: int, units: int) -> float:
-        part = Part.FFN if number % 2 else Part.ATTENTION
-        flop = unit_flop(spec, part, step.count, context)
-        memory = unit_memory_bytes(spec, part, context, dtype, weights)
-        return device.seconds(units * flop, units * memory)
 
-    if isinstance(stage, Shared):
-        return sum(half(stage.half, len(share.units)) for share in stage.shares if share.machine == machine)
-    total = sum(
-        half(number, spec.num_ffn_shards if number % 2 else spec.num_kv_heads)
-        for number in range(stage.start, stage.stop)
-    )
-    if stage.head and step.emits:
-        total += device.seconds(head_flop(spec), table_bytes(spec, dtype, weights))
-    return total
+def units_in(spec: ModelSpec, part: Part) -> int:
+    """Units of one half layer."""
+    return spec.num_kv_heads if part is Part.ATTENTION else spec.num_ffn_shards

@@ -1,146 +1,42 @@
-"""The command line: the only place that knows everything, and turns errors into a message and an exit code."""
+"""Commands that run a model: demo, generate, worker, link, keys."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from splitwise_llm.decision import Decision, WirePrecision
-from splitwise_llm.errors import RequestError, SplitwiseError, UserError
-from splitwise_llm.spec import Dtype, Weights, parse_emulation
-from splitwise_llm.units import parse_bytes
-
-if TYPE_CHECKING:
-    from splitwise_llm.bench.figures import Figures
-
-app = typer.Typer(
-    name="splitwise",
-    help="One language model across a device and the cloud.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
+from splitwise_llm.cli.options import (
+    DEMO_PROMPT,
+    DtypeOption,
+    Emulate,
+    JsonFile,
+    Memory,
+    Model,
+    Threads,
+    Tls,
+    WeightsOption,
+    Wire,
+    app,
+    machine_options,
+    out,
+    pairs,
+    read_prompt,
+    run,
+    tell,
+    two_names,
+    until_told,
+    valid_text,
+    write_json,
 )
-bench = typer.Typer(help="Measure; each bench prints its figures and writes them with --json.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
-
-DEMO_PROMPT = "It was a bright morning, and the Prince said to his old friend:"
-
-Model = Annotated[str, typer.Option(help="'bundled', a directory with config.json and safetensors, or a hub id.")]
-Threads = Annotated[int, typer.Option(min=1, max=256, help="Compute threads of this process.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="What to compute in.")]
-WeightsOption = Annotated[Weights, typer.Option(help="How weights stay in memory.")]
-Memory = Annotated[str, typer.Option(help="Memory for weights and cache, as in 2GB; default: what is free.")]
-Emulate = Annotated[str, typer.Option(help="Stretch compute: a factor (2.5) or a device file (JSON).")]
-Tls = Annotated[Path | None, typer.Option(help="Directory made by `splitwise keys`.")]
-R = TypeVar("R")
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result there, too.")]
-Wire = Annotated[WirePrecision, typer.Option(help="Activations on the wire.")]
-
-
-def main() -> None:
-    """Run the command line; errors of ours end in one line on stderr and their exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until something runs that must be ended in order
-    try:
-        app()
-    except SplitwiseError as error:
-        print(f"splitwise: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        print(f"splitwise: {error}; check the path, its permissions and the space left", file=sys.stderr)
-        sys.exit(UserError.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _machine_options(memory: str, emulate: str) -> dict[str, Any]:
-    return {
-        "memory_bytes": parse_bytes(memory) if memory else None,
-        "emulate": parse_emulation(emulate) if emulate else None,
-    }
-
-
-def _text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RequestError("the prompt is not valid UTF-8; convert it, for example with iconv -t UTF-8") from None
-    return text
-
-
-def _prompt(text: str) -> str:
-    if text != "-":
-        return _text(text)
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the prompt is not valid UTF-8 ({error}); convert it with iconv -t UTF-8") from None
-
-
-def _pairs(items: list[str] | None, what: str, example: str) -> dict[str, str]:
-    """`name=value` options as a mapping. Raises RequestError."""
-    pairs: dict[str, str] = {}
-    for item in items or []:
-        name, equals, value = item.partition("=")
-        if not equals or not name or not value or name in pairs:
-            raise RequestError(f"{what} {item!r}: write name=value, each name once, as in {example}")
-        pairs[name] = value
-    return pairs
-
-
-def _two(pair: str) -> tuple[str, str]:
-    first, plus, second = pair.partition("+")
-    if not plus or not first or not second:
-        raise RequestError(f"--direct {pair!r}: write two workers, as in cloud+third")
-    return first, second
-
-
-def _write_json(path: Path | None, data: object) -> None:
-    if path:
-        path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-
-
-def _tell(text: str) -> None:
-    out.print(f"... {text}", style="dim", markup=False)
-
-
-async def _until_told(stop_with_stdin: bool) -> None:
-    """Returns on SIGINT, SIGTERM, or, if asked, when standard input ends."""
-    loop = asyncio.get_running_loop()
-    told = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, told.set)
-    if stop_with_stdin:
-
-        def watch() -> None:
-            sys.stdin.buffer.read()
-            with suppress(RuntimeError):  # the loop may be over by then
-                loop.call_soon_threadsafe(told.set)
-
-        threading.Thread(target=watch, daemon=True).start()
-    await told.wait()
-
-
-def _run(work: Callable[[], Coroutine[Any, Any, R]], json_file: Path | None = None) -> R:
-    """Run `work` to its end; Ctrl-C cancels it in order. The file for its result is tried before, not after."""
-    if json_file:
-        json_file.open("a").close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    return asyncio.run(work())
+from splitwise_llm.decision import Decision, WirePrecision
+from splitwise_llm.errors import RequestError
+from splitwise_llm.spec import Dtype, Weights
+from splitwise_llm.units import parse_bytes
 
 
 @app.command()
@@ -175,16 +71,16 @@ def generate(
     from splitwise_llm.wire.keys import device_files
     from splitwise_llm.wire.shaper import LinkShape
 
-    text = _prompt(prompt)
-    addresses = _pairs(machine, "--machine", "cloud=127.0.0.1:7070")
-    shapes = {n: LinkShape.parse(s) for n, s in _pairs(link, "--link", "'cloud=rtt=20ms rate=20mbit'").items()}
+    text = read_prompt(prompt)
+    addresses = pairs(machine, "--machine", "cloud=127.0.0.1:7070")
+    shapes = {n: LinkShape.parse(s) for n, s in pairs(link, "--link", "'cloud=rtt=20ms rate=20mbit'").items()}
     reach = LinkTo(addresses, tls=device_files(tls) if tls else None, shapes=shapes)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    pairs = [_two(pair) for pair in direct or []]
+    joined = [two_names(pair) for pair in direct or []]
 
     async def work() -> None:
-        options = _machine_options(memory, emulate)
-        with edge_with(model, reach, dtype=dtype, weights=weights, threads=threads, direct=pairs, **options) as edge:
+        options = machine_options(memory, emulate)
+        with edge_with(model, reach, dtype=dtype, weights=weights, threads=threads, direct=joined, **options) as edge:
             decision = Decision(edge.partition(partition), wire, chunk or None)
             async with edge.generate(
                 text, decision, max_new_tokens=max_new_tokens, sampling=sampling, loss=ElementLoss(loss, seed)
@@ -195,7 +91,7 @@ def generate(
                 finally:
                     print()
             record = generation.record
-        _write_json(json_file, record.to_dict())
+        write_json(json_file, record.to_dict())
         if not quiet:
             print(
                 f"[{record.partition}] {len(record.token_ids)} tokens, TTFT {1e3 * record.ttft_s:.1f} ms, "
@@ -204,7 +100,7 @@ def generate(
                 file=sys.stderr,
             )
 
-    _run(work, json_file)
+    run(work, json_file)
 
 
 @app.command()
@@ -231,7 +127,7 @@ def worker(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     files = worker_files(tls) if tls else None
-    options = _machine_options(memory, emulate)
+    options = machine_options(memory, emulate)
     limit = parse_bytes(max_message)
     if not 1000 <= limit < 2**31 - 1000:
         raise RequestError(f"--max-message {max_message}: expected 1 kB up to 2 GB")
@@ -252,9 +148,9 @@ def worker(
                 held = f"{model} {checkpoint.fingerprint} in {dtype}, weights {weights}"
                 playing = f", emulating {machine.emulated}" if machine.emulated else ""
                 print(f"worker with {held}{playing} ready on {server.address}", flush=True)
-                await _until_told(until_stdin_closes)
+                await until_told(until_stdin_closes)
 
-    _run(work)
+    run(work)
 
 
 @app.command()
@@ -285,9 +181,9 @@ def link(
     async def work() -> None:
         async with await run_proxy(listen, to, shape, exposed=exposed) as proxy:
             print(f"link to {to} ready on {proxy.address[0]}:{proxy.address[1]}", flush=True)
-            await _until_told(until_stdin_closes)
+            await until_told(until_stdin_closes)
 
-    _run(work)
+    run(work)
 
 
 @app.command()
@@ -319,7 +215,7 @@ def demo(
     json_file: JsonFile = None,
 ) -> None:
     """Run one prompt in five partitions over two processes and a shaped link; the tokens must agree."""
-    _tell("loading torch")
+    tell("loading torch")
     from splitwise_llm.bench.demo import DemoOptions, Show, run_demo
     from splitwise_llm.model.sampling import Sampling
     from splitwise_llm.partition import Partition
@@ -340,21 +236,21 @@ def demo(
         out.print(f"\n({said}, {record.round_trips_per_token:g} round trips per token)", style="dim")
 
     show = Show(
-        step=_tell,
+        step=tell,
         begin=begin,
         token=lambda text: out.print(text, end="", markup=False),
         end=end,
     )
     sampling = Sampling(temperature, seed=seed)
-    options = DemoOptions(model, _text(prompt), max_new_tokens, rtt, rate, threads, wire, sampling)
-    records = _run(lambda: run_demo(options, show), json_file)
+    options = DemoOptions(model, valid_text(prompt), max_new_tokens, rtt, rate, threads, wire, sampling)
+    records = run(lambda: run_demo(options, show), json_file)
     reference = records["edge"].token_ids
     out.print()
     for picture in pictures:
         out.print(picture, markup=False)
         out.print()
     out.print(requests_table(records, reference))
-    _write_json(
+    write_json(
         json_file,
         {
             mode: record.to_dict(intervals=False) | {"same_tokens": record.token_ids == reference}
@@ -363,45 +259,3 @@ def demo(
     )
     if any(record.token_ids != reference for record in records.values()) and not wire.is_quantised:
         sys.exit(1)
-
-
-Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds, after one that is thrown away.")]
-Tokens = Annotated[int, typer.Option(min=3, help="Tokens per run.")]
-
-
-def _report(figures: Figures, json_file: Path | None) -> None:
-    from splitwise_llm.report import figures_table
-
-    load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
-    out.print(figures_table(f"bench {figures.bench}", figures.figures, figures.notes))
-    out.print(f"load average {load} on {os.cpu_count()} processors; {figures.settings}", markup=False)
-    _write_json(json_file, figures.to_dict())
-
-
-@bench.command()
-def exactness(
-    partitions: Annotated[int, typer.Option(min=1, help="Random partitions per model.")] = 24,
-    tokens: Tokens = 64,
-    text: Annotated[Path | None, typer.Option(help="Held-out text; default: the bundled excerpt.")] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Logits and tokens of any partition against Hugging Face, and the nats that lossy choices cost."""
-    from splitwise_llm.bench.exactness import run_exactness
-
-    _report(_run(lambda: run_exactness(partitions, tokens, text, _tell), json_file), json_file)
-
-
-@bench.command()
-def overhead(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = None) -> None:
-    """A split over unsplit, and unsplit over Hugging Face, per token, one thread per process."""
-    from splitwise_llm.bench.overhead import run_overhead
-
-    _report(_run(lambda: run_overhead(rounds, tokens, _tell), json_file), json_file)
-
-
-@bench.command("link")
-def bench_link(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = None) -> None:
-    """What a split takes over a 20 ms, 20 Mbit/s link, over the least it could take."""
-    from splitwise_llm.bench.link import run_link
-
-    _report(_run(lambda: run_link(rounds, tokens, _tell), json_file), json_file)

@@ -1,0 +1,39 @@
+"""The benches of the running engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitwise_llm.cli.options import JsonFile, Rounds, Tokens, bench, report, run, tell
+
+
+@bench.command()
+def exactness(
+    partitions: Annotated[int, typer.Option(min=1, help="Random partitions per model.")] = 24,
+    tokens: Tokens = 64,
+    text: Annotated[Path | None, typer.Option(help="Held-out text; default: the bundled excerpt.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Logits and tokens of any partition against Hugging Face, and the nats that lossy choices cost."""
+    from splitwise_llm.bench.exactness import run_exactness
+
+    report(run(lambda: run_exactness(partitions, tokens, text, tell), json_file), json_file)
+
+
+@bench.command()
+def overhead(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = None) -> None:
+    """A split over unsplit, and unsplit over Hugging Face, per token, one thread per process."""
+    from splitwise_llm.bench.overhead import run_overhead
+
+    report(run(lambda: run_overhead(rounds, tokens, tell), json_file), json_file)
+
+
+@bench.command("link")
+def bench_link(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = None) -> None:
+    """What a split takes over a 20 ms, 20 Mbit/s link, over the least it could take."""
+    from splitwise_llm.bench.link import run_link
+
+    report(run(lambda: run_link(rounds, tokens, tell), json_file), json_file)

@@ -1,0 +1,78 @@
+"""Seconds, bytes, FLOP, joules, nats and money of a plan on given machines and links: small pure functions.
+
+| module | prices |
+| --- | --- |
+| `counts` | what the parts of a model weigh and compute |
+| `hosts` | how long a machine takes for them: roofline or measured |
+| `accuracy` | nats per token that a lossy choice loses |
+| `terms` | time as functions of conditions: the form in which a plan is priced once for any link and load |
+| `world` | what is priced: model, machines, links, request, drafter, tariff |
+| `bill` | a decision: seconds, joules, money, memory, nats, as forms |
+| `price` | figures under conditions: `Table` (many bills under many), `price` (one under one) |
+| `moving` | going on with another partition in mid-generation |
+| `limits` | what forbids a decision, in words |
+"""
+
+from splitwise_llm.cost.accuracy import NO_LOSS, Accuracy
+from splitwise_llm.cost.bill import Bill, bill, memory_bytes
+from splitwise_llm.cost.counts import (
+    assigned_kv_bytes,
+    assigned_weight_bytes,
+    head_flop,
+    model_flop,
+    table_bytes,
+    unit_flop,
+    unit_memory_bytes,
+    unit_weight_bytes,
+    units_in,
+    weight_bytes,
+)
+from splitwise_llm.cost.hosts import Host, UnitTimes, stage_seconds
+from splitwise_llm.cost.limits import UNLIMITED, Floor, Limits, obstacle
+from splitwise_llm.cost.moving import Moving, moving
+from splitwise_llm.cost.price import Entry, Price, Prices, Table, Work, price
+from splitwise_llm.cost.terms import IDLE, Basis, Delay, Form, Load, Pair
+from splitwise_llm.cost.world import Drafter, Job, Tariff, World
+
+__all__ = [
+    "IDLE",
+    "NO_LOSS",
+    "UNLIMITED",
+    "Accuracy",
+    "Basis",
+    "Bill",
+    "Delay",
+    "Drafter",
+    "Entry",
+    "Floor",
+    "Form",
+    "Host",
+    "Job",
+    "Limits",
+    "Load",
+    "Moving",
+    "Pair",
+    "Price",
+    "Prices",
+    "Table",
+    "Tariff",
+    "UnitTimes",
+    "Work",
+    "World",
+    "assigned_kv_bytes",
+    "assigned_weight_bytes",
+    "bill",
+    "head_flop",
+    "memory_bytes",
+    "model_flop",
+    "moving",
+    "obstacle",
+    "price",
+    "stage_seconds",
+    "table_bytes",
+    "unit_flop",
+    "unit_memory_bytes",
+    "unit_weight_bytes",
+    "units_in",
+    "weight_bytes",
+]  # fmt: skip

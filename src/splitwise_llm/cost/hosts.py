@@ -1,0 +1,95 @@
+"""How long a machine takes for a piece of a model: by its roofline, or by what was measured on it.
+
+It knows nothing of partitions, plans or links.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from splitwise_llm.cost import counts
+from splitwise_llm.partition import Part
+from splitwise_llm.plan import Serial, Stage, Step
+from splitwise_llm.spec import DeviceSpec, Dtype, ModelSpec, Weights
+
+
+class UnitTimes(Protocol):
+    """Measured seconds of the pieces of one model on one machine, in one precision."""
+
+    def half_s(self, part: Part, units: int, rows: int, context: int) -> float:
+        """`units` units of one half layer over `rows` positions that see up to `context`."""
+        ...
+
+    def head_s(self, rows: int) -> float:
+        """Final norm, output projection and sampling of `rows` positions."""
+        ...
+
+    def stage_s(self, rows: int) -> float:
+        """What entering and leaving one stage costs besides its halves."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A machine as it is priced: what it is, what its weights are kept in, and how fast it is for one model."""
+
+    device: DeviceSpec
+    dtype: Dtype = Dtype.FP16
+    weights: Weights = Weights.FULL
+    measured: UnitTimes | None = None
+    """None: the roofline of the device."""
+    stretch: float = 1.0
+    """Compute takes this many times as long (an emulated machine)."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it serves several sequences at a time, so that a request pays for its part of a batch."""
+        return self.device.slots > 1
+
+    def half_s(self, spec: ModelSpec, part: Part, units: int, rows: int, context: int, batch: int = 1) -> float:
+        """Seconds of `units` units of one half layer over `rows` new positions, for each of `batch` sequences at
+        `context`: weights are read once, keys and values once per sequence."""
+        if self.measured is not None:
+            return self.stretch * self.measured.half_s(part, units, rows, context)
+        flop = batch * units * counts.unit_flop(spec, part, rows, context)
+        kv = counts.unit_memory_bytes(spec, part, context, self.dtype, self.weights)
+        weight = counts.unit_weight_bytes(spec, part, self.dtype, self.weights)
+        return self.stretch * self.device.seconds(flop, units * (weight + batch * (kv - weight)))
+
+    def head_s(self, spec: ModelSpec, rows: int = 1, batch: int = 1) -> float:
+        """Seconds of the output projection of `rows` positions of each of `batch` sequences."""
+        if self.measured is not None:
+            return self.stretch * self.measured.head_s(rows)
+        table = counts.table_bytes(spec, self.dtype, self.weights)
+        return self.stretch * self.device.seconds(batch * counts.head_flop(spec, rows), table)
+
+    def stage_s(self, rows: int) -> float:
+        """Seconds of entering and leaving a stage; part of the launches of a roofline."""
+        return self.stretch * self.measured.stage_s(rows) if self.measured is not None else 0.0
+
+    def model_s(self, spec: ModelSpec, rows: int, context: int, batch: int = 1) -> float:
+        """Seconds of one step of the whole model: what a serving machine advertises as its step time."""
+        attention = self.half_s(spec, Part.ATTENTION, spec.num_kv_heads, rows, context, batch)
+        ffn = self.half_s(spec, Part.FFN, spec.num_ffn_shards, rows, context, batch)
+        return spec.num_layers * (attention + ffn) + self.head_s(spec, 1, batch) + self.stage_s(rows)
+
+
+def stage_seconds(spec: ModelSpec, host: Host, stage: Stage, machine: int, step: Step) -> float:
+    """What one stage of a step takes `machine` if it is `host`: its units sub-block by sub-block, and the output
+    projection where the head is."""
+    context, rows = step.start + step.count, step.count
+    if not isinstance(stage, Serial):
+        units = sum(len(share.units) for share in stage.shares if share.machine == machine)
+        return (host.half_s(spec, stage.part, units, rows, context) + host.stage_s(rows)) if units else 0.0
+    halves = {
+        Part.ATTENTION: (stage.stop + 1) // 2 - (stage.start + 1) // 2,
+        Part.FFN: stage.stop // 2 - stage.start // 2,
+    }
+    total = host.stage_s(rows)
+    for part, number in halves.items():
+        if number:
+            total += number * host.half_s(spec, part, counts.units_in(spec, part), rows, context)
+    if stage.head and step.emits:
+        total += host.head_s(spec, 1 if step.is_prefill else rows)
+    return total
