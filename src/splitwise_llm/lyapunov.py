@@ -72,7 +72,7 @@ class Budgets:
     """Time scale of the battery's queue."""
 
 
-def nominal_weights(penalty: Penalty, mean_work_s: Floats, load: float = 0.8) -> Floats:
+def nominal_weights(penalty: Penalty, mean_work_s: Floats, load: Floats | float = 0.8) -> Floats:
     """Weights w_i of the physical queues (..., 4): the delay that a request's work causes to later arrivals of a
     first-come queue at this load, `V rho / ((1 - rho) s_i T_ref)`; 0 where no work is ever done."""
     with np.errstate(divide="ignore"):

@@ -74,6 +74,8 @@ class Observation:
     queues: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Seconds of work before device, uplink, downlink and cloud."""
     virtual: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    arrivals_per_s: float = 0.0
+    """Requests of this device, as counted so far; 0 when nobody has."""
     placement: Placement | None = None
     """None at admission."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from splitwise_llm.plan import Crossings
 
@@ -80,3 +80,43 @@ class RequestRecord:
     def to_json(self) -> str:
         """One line."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure and its 95 % limits over traces."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One policy in one case of a scenario, over all its traces."""
+
+    scenario: str
+    case: str
+    """Device and model, as in `orin-nx-16gb+llama-7b`."""
+    policy: str
+    """With `+tools` where it had int8 wire, chunks and drafting."""
+    traces: int
+    requests: int
+    """Counted, warm-up apart, all traces together."""
+    metrics: dict[str, Estimate]
+    """By the figure names of `bench scenarios`: seconds, joules, dollars, nats per token."""
+    latencies_s: tuple[float, ...] = ()
+    """Total latencies at evenly spaced ranks, ascending: the distribution's curve."""
+    modes: dict[str, float] = field(default_factory=dict)
+    """Share of running time per way of running (edge, cloud, u, cut, shared, waiting)."""
+    queue_times_s: tuple[float, ...] = ()
+    queues_s: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Backlog of device, up, down and cloud at those times in the first trace, in seconds of work."""
+    wins: int = 0
+    """Traces in which no other policy of the case had a smaller mean latency."""
+    note: str = ""
+    """Why it stopped early, or what could not be run."""
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data."""
+        return asdict(self)

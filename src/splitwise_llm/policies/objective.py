@@ -1,0 +1,81 @@
+"""What a planner makes small. It does not know how plans are found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitwise_llm import lyapunov
+from splitwise_llm.cost import Prices
+from splitwise_llm.lyapunov import Budgets, Penalty
+
+Floats = NDArray[np.float64]
+
+
+class Objective(Protocol):
+    """A value per plan, smaller is better; it never falls when a figure of the plan rises."""
+
+    @property
+    def only_time(self) -> bool:
+        """Whether the value depends on the total time alone."""
+        ...
+
+    def value(self, prices: Prices) -> Floats: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Seconds from asking to the last token."""
+
+    @property
+    def only_time(self) -> bool:
+        return True
+
+    def value(self, prices: Prices) -> Floats:
+        return prices.total_s
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """Joules of the device from asking to the last token."""
+
+    @property
+    def only_time(self) -> bool:
+        return False
+
+    def value(self, prices: Prices) -> Floats:
+        return prices.device_j
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DriftPlusPenalty:
+    """D of `lyapunov`: the request's penalty and what its work does to the queues."""
+
+    penalty: Penalty
+    weights: Floats
+    """(4,) of the physical queues: device, up, down, cloud."""
+    queues: Floats = field(default_factory=lambda: np.zeros(4))
+    """(4,) or (systems, 1, 4)"""
+    virtual: Floats = field(default_factory=lambda: np.zeros(4))
+    budgets: Budgets = field(default_factory=Budgets)
+    tokens: float = 128.0
+    """Of the request, for the accuracy budget."""
+
+    @property
+    def only_time(self) -> bool:
+        return False
+
+    def value(self, prices: Prices) -> Floats:
+        work = np.stack(
+            [prices.work.device_s, prices.work.up_s, prices.work.down_s, prices.work.cloud_s], axis=-1
+        )  # (..., plans, 4)
+        missed = np.zeros_like(prices.total_s)
+        if self.budgets.deadline_s is not None:
+            missed = (prices.total_s > self.budgets.deadline_s).astype(float)
+        tokens = np.asarray(self.tokens)
+        g = lyapunov.overspending(self.budgets, prices.device_j, missed, prices.nats, tokens)
+        c0 = self.penalty.c0(prices.service_s, prices.device_j, prices.nats)
+        return lyapunov.objective(self.penalty, c0, prices.wait_s, self.queues, work, self.weights, self.virtual, g)

@@ -1,0 +1,140 @@
+"""The best decision of all, exactly: over every cut and U-shape, and over divided halves where they can pay.
+
+It does not know what is made small (an `Objective` does), nor where conditions come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitwise_llm.cost import Job, Limits, World, obstacle
+from splitwise_llm.cost.counts import units_in
+from splitwise_llm.cost.terms import Form
+from splitwise_llm.decision import Decision, WirePrecision
+from splitwise_llm.errors import RequestError
+from splitwise_llm.observation import Tools
+from splitwise_llm.partition import Part, Partition
+from splitwise_llm.plan import DEVICE
+from splitwise_llm.policies.assignments import Search
+from splitwise_llm.policies.family import Family
+from splitwise_llm.policies.objective import Objective
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A decision and its value under the objective."""
+
+    decision: Decision
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The best decision, the best of another partition, and how it was found."""
+
+    best: Choice
+    runner_up: Choice | None
+    considered: int
+    shared_considered: bool
+    """Whether divided halves could pay here, so that they were searched, too."""
+    exact: bool
+
+
+class Solver:
+    """The families of one world, job, tools and limits, to be asked under many conditions and objectives."""
+
+    def __init__(self, world: World, job: Job, tools: Tools, limits: Limits) -> None:
+        self.world, self.job, self.tools, self.limits = world, job, tools, limits
+        workers = range(1, len(world.hosts)) or (DEVICE,)
+        self.families = [Family(world, job, tools, worker, limits) for worker in workers]
+
+    def __len__(self) -> int:
+        return sum(len(family) for family in self.families)
+
+    def solve(self, conditions: Form, objective: Objective) -> Solution:
+        """The best decision under these conditions. Raises RequestError that says what forbids everything."""
+        best_of: dict[Partition, Choice] = {}
+        for family in self.families:
+            for part, (members, _, _) in enumerate(family.parts):
+                values = objective.value(family.prices(part, conditions))
+                # The two best partitions of a part are among its two best members.
+                for number in np.argsort(values, kind="stable")[:2].tolist():
+                    choice = Choice(members.decision(number, self.world), float(values[number]))
+                    _offer(best_of, choice)
+        sharing = list(self._sharing(conditions))
+        exact = True
+        if sharing or len(self.world.hosts) > 2:
+            for wire, chunk, draft in self._tools():
+                search = Search(
+                    self.world, self.job, conditions, objective, self.limits, wire, chunk, draft, share=bool(sharing)
+                )
+                found = search.best()
+                if found:
+                    exact = exact and found.exact
+                    _offer(best_of, Choice(found.decision, found.value))
+        if not best_of:
+            raise RequestError(nothing_admissible(self.world, self.job, self.limits))
+        first, *others = sorted(best_of.values(), key=lambda choice: choice.value)
+        return Solution(first, others[0] if others else None, len(self), bool(sharing), exact)
+
+    def _tools(self) -> Iterator[tuple[WirePrecision, int | None, int]]:
+        for wire in self.tools.wires:
+            for chunk in self.tools.chunks:
+                if chunk is None or chunk < self.job.prompt_tokens:
+                    yield from ((wire, chunk, draft) for draft in self.tools.drafts)
+
+    def _sharing(self, conditions: Form) -> Iterator[tuple[int, int]]:
+        """Pairs of machines for which dividing a half can pay: `min(e, c)^2 / (e + c)` exceeds the exchange."""
+        spec, basis = self.world.spec, self.world.basis
+        wire = min(self.tools.wires, key=lambda w: w.payload_bytes(1, spec.d_model))
+        rows = {1, *(draft + 1 for draft in self.tools.drafts), self.job.prompt_tokens}
+        for a, b in self.world.links:
+            if {a, b} & self.limits.unreachable:
+                continue
+            for part in Part:
+                for count in rows:
+                    context = self.job.mean_context if count < self.job.prompt_tokens else count
+                    e, c = (
+                        self.world.hosts[m].half_s(spec, part, units_in(spec, part), count, context)
+                        * conditions[basis.slow(m)]
+                        for m in (a, b)
+                    )
+                    slower = max(conditions[basis.inverse(a, b)], conditions[basis.inverse(b, a)])
+                    software_s = sum(self.world.hosts[m].device.message_s for m in (a, b))
+                    exchange = software_s + conditions[basis.rtt(a, b)] / 2
+                    exchange += wire.payload_bytes(count, spec.d_model) * slower
+                    if min(e, c) ** 2 / (e + c) > exchange:
+                        yield a, b
+
+
+def _offer(best_of: dict[Partition, Choice], choice: Choice) -> None:
+    kept = best_of.get(choice.decision.partition)
+    if kept is None or choice.value < kept.value:
+        best_of[choice.decision.partition] = choice
+
+
+def nothing_admissible(world: World, job: Job, limits: Limits) -> str:
+    """Why no decision is possible: what forbids each of the plain ones."""
+    spec = world.spec
+    tried = {"everything on the device": Partition.all_on(spec, DEVICE)}
+    for worker in range(1, len(world.hosts)):
+        name = world.hosts[worker].device.name
+        tried[f"everything on {name}"] = Partition.all_on(spec, worker)
+        if limits.floor and limits.floor.first_layers + limits.floor.last_layers < spec.num_layers:
+            ends = (limits.floor.first_layers, limits.floor.last_layers)
+            tried[f"only the floor on the device, the rest on {name}"] = Partition.u_shape(spec, *ends, inner=worker)
+        elif not limits.floor:
+            tried[f"half on {name}"] = Partition.cut(spec, spec.num_layers / 2, second=worker)
+    reasons = [
+        f"{what}: {obstacle(world, Decision(partition), job, limits) or 'allowed'}" for what, partition in tried.items()
+    ]
+    return (
+        "no partition is admissible: " + "; ".join(reasons) + "; relax the floor, shorten the request, or use machines "
+        "with more memory or low-bit weights"
+    )
