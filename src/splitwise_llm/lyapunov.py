@@ -75,7 +75,7 @@ class Budgets:
 def nominal_weights(penalty: Penalty, mean_work_s: Floats, load: Floats | float = 0.8) -> Floats:
     """Weights w_i of the physical queues (..., 4): the delay that a request's work causes to later arrivals of a
     first-come queue at this load, `V rho / ((1 - rho) s_i T_ref)`; 0 where no work is ever done."""
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # also 0 / 0, of a queue that neither works nor loads
         weights = penalty.v * load / ((1 - load) * mean_work_s * penalty.t_ref_s)
     return np.where(mean_work_s > 0, weights, 0.0)
 

@@ -27,6 +27,13 @@ class MachineView:
     weights: Weights
     rtt_s: float | None = None
     """Measured when the link was opened; None for the device itself."""
+    profiled: bool = False
+    """Whether its speed and power are known."""
+
+
+def usable_bytes(memory_bytes: float) -> float:
+    """What a machine says of its memory, as the nearest that a `DeviceSpec` may have."""
+    return min(max(float(memory_bytes), 1e6), 1e15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,12 @@ class Observation:
     """Requests of this device, as counted so far; 0 when nobody has."""
     placement: Placement | None = None
     """None at admission."""
+
+    def unpriced(self, who: str) -> str:
+        """Why who plans by prices cannot answer where `world` is None: what is not known, and the remedy."""
+        names = ", ".join(machine.name for machine in self.machines if machine.reachable and not machine.profiled)
+        known = f"machine {names} is not profiled: start it" if names else "these machines are not profiled: start them"
+        return f"{who} needs figures, and {known} with --profile FILE or --emulate DEVICE"
 
     @property
     def job(self) -> Job:

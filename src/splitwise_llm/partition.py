@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
 
@@ -52,6 +52,8 @@ class Partition:
     layers: tuple[Placement, ...]
     embed: int
     head: int
+    machines: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """The machines it uses, in order."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -62,7 +64,8 @@ class Partition:
                 raise PartitionError(f"layer {number} has other numbers of groups or shards than layer 0")
         if not first.groups or not first.shards:
             raise PartitionError("every layer has at least one key/value group and one FFN shard")
-        bad = [machine for machine in self._machines() if not 0 <= machine < MAX_MACHINES]
+        object.__setattr__(self, "machines", tuple(sorted(set(self._machines()))))
+        bad = [machine for machine in self.machines if not 0 <= machine < MAX_MACHINES]
         if bad:
             raise PartitionError(f"machine {bad[0]} is out of range: machines are numbered 0 to {MAX_MACHINES - 1}")
 
@@ -130,11 +133,6 @@ class Partition:
 
     # What it says
 
-    @property
-    def machines(self) -> tuple[int, ...]:
-        """The machines it uses, in order."""
-        return tuple(sorted(set(self._machines())))
-
     def owners(self, half: int) -> tuple[int, ...]:
         """The machine of each unit of a half layer."""
         layer = self.layers[half // 2]
@@ -142,7 +140,11 @@ class Partition:
 
     def units_on(self, machine: int, half: int) -> tuple[int, ...]:
         """The units of a half layer that a machine runs."""
-        return tuple(unit for unit, owner in enumerate(self.owners(half)) if owner == machine)
+        owners = self.owners(half)
+        number = owners.count(machine)
+        if number in (0, len(owners)):  # nearly always, and much faster
+            return tuple(range(number))
+        return tuple(unit for unit, owner in enumerate(owners) if owner == machine)
 
     def check(self, spec: ModelSpec, num_machines: int) -> None:
         """Raise PartitionError unless it fits the model's numbers and uses only machines that exist."""

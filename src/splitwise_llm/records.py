@@ -30,6 +30,30 @@ class MachineRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkRecord:
+    """A link as it was believed to be when the decision was made; `up` is from `first` to `second`."""
+
+    first: str
+    second: str
+    rtt_s: float
+    """Measured by an echo (of a link between workers: taken as the longer of their links to the device)."""
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+    rates_from: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a decision was expected to take, all the tokens that were allowed coming; and by which links."""
+
+    ttft_s: float
+    tpot_s: float
+    device_j: float
+    total_j: float
+    links: tuple[LinkRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRecord:
     """One request, as it ran. Times in seconds; bytes are payload unless the name says frames."""
 
@@ -51,6 +75,10 @@ class RequestRecord:
     frame_bytes: int
     """Everything sent for the data, framing included."""
     machines: tuple[MachineRecord, ...]
+    policy: str = ""
+    """Who decided; empty for a partition that was given."""
+    predicted: Prediction | None = None
+    """None where a machine is not profiled."""
 
     @property
     def up_bytes(self) -> int:

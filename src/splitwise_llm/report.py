@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from splitwise_llm.cost import Price
 from splitwise_llm.partition import Partition
 from splitwise_llm.records import RequestRecord
 from splitwise_llm.units import show_bytes
@@ -59,6 +60,46 @@ def requests_table(records: Mapping[str, RequestRecord], reference: Sequence[int
     return table
 
 
+def plans_table(rows: Mapping[str, tuple[str, Price] | str], best_s: float) -> Table:
+    """One row per planner: its plan, what that takes, and its total time over that of the best; or, for a planner
+    without a plan, what forbids it."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("planner", no_wrap=True)
+    table.add_column("chooses", overflow="fold")
+    for column in ("TTFT", "ms/\ntoken", "total", "x best", "device\nJ", "all\nJ", "nats", "USD per\n1000"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        if isinstance(row, str):
+            table.add_row(name, row)
+            continue
+        plan, price = row
+        table.add_row(
+            name, plan, seconds_text(price.ttft_s), f"{1e3 * price.tpot_s:.2f}", seconds_text(price.total_s),
+            f"{price.total_s / best_s:.2f}", f"{price.device_j:.3g}", f"{price.total_j:.3g}", f"{price.nats:.3g}",
+            f"{1e3 * price.usd:.3g}",
+        )  # fmt: skip
+    return table
+
+
+def flips_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
+    """What would change the choice: a figure and its value, and the nearest flip below and above it."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("figure", no_wrap=True)
+    table.add_column("is", justify="right", no_wrap=True)
+    table.add_column("the choice becomes, when it falls", overflow="fold")
+    table.add_column("when it rises", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def seconds_text(seconds: float) -> str:
+    """`0.4 ms`, `412 ms` or `2.35 s`, for people."""
+    if seconds >= 1:
+        return f"{seconds:.4g} s"
+    return f"{1e3 * seconds:.3g} ms"
+
+
 def figures_table(title: str, figures: Mapping[str, float], notes: Mapping[str, str] | None = None) -> Table:
     """Short names and numbers of a bench, with a remark each."""
     table = Table(title=title)
@@ -67,4 +108,15 @@ def figures_table(title: str, figures: Mapping[str, float], notes: Mapping[str, 
     table.add_column("")
     for name, value in figures.items():
         table.add_row(name, f"{value:.4g}", (notes or {}).get(name, ""))
+    return table
+
+
+def claims_table(rows: Sequence[tuple[str, str, bool | None, str]]) -> Table:
+    """(scenario, what must come out, whether it did, the figures): None is "not decided"."""
+    table = Table(title="what must come out", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for column in ("scenario", "claim", "holds", "measured"):
+        table.add_column(column)
+    words = {True: "yes", False: "NO", None: "-"}
+    for scenario, text, holds, measured in rows:
+        table.add_row(scenario, text, words[holds], measured)
     return table

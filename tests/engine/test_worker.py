@@ -334,7 +334,7 @@ def edge_to(checkpoint: Checkpoint, machine: Machine, serve: Callable[[Link], ob
     ("answer", "error", "says"),
     [
         (Welcome(9, "", "fp32", "full", 0, 0, 1, ""), PeerMismatch, "protocol 9"),
-        (Welcome(1, "other", "fp32", "full", 0, 0, 1, ""), PeerMismatch, "same --model"),
+        (Welcome(messages.PROTOCOL_VERSION, "other", "fp32", "full", 0, 0, 1, ""), PeerMismatch, "same --model"),
         (Failed("MemoryTooSmall", "cloud would hold 5 GB"), MemoryTooSmall, "5 GB"),
         (Failed("WorkerFailed", "all 1 sessions are taken"), WorkerFailed, "all 1 sessions"),
         (Close(), messages.ProtocolError, "expected Welcome"),

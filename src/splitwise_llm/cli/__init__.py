@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 
-from splitwise_llm.cli import benches, machines
+from splitwise_llm.cli import benches, machines, plan, profile, reproductions, scenarios, simulate
 from splitwise_llm.cli.options import app
 from splitwise_llm.errors import SplitwiseError, UserError
 
-__all__ = ["app", "benches", "machines", "main"]
+__all__ = ["app", "benches", "machines", "main", "plan", "profile", "reproductions", "scenarios", "simulate"]
 
 
 def main() -> None:

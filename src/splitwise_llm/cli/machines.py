@@ -33,10 +33,18 @@ from splitwise_llm.cli.options import (
     valid_text,
     write_json,
 )
+from splitwise_llm.cost import UNLIMITED, Floor, Limits
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError
-from splitwise_llm.spec import Dtype, Weights
+from splitwise_llm.observation import EVERYTHING, Always, Tools
+from splitwise_llm.spec import Dtype, Weights, find_device
 from splitwise_llm.units import parse_bytes
+
+Profile = Annotated[str, typer.Option(help="What this machine can do: a device file, as `splitwise profile` writes.")]
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -44,9 +52,17 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")],
     model: Model = "bundled",
     machine: Annotated[list[str] | None, typer.Option(help="A worker, as cloud=127.0.0.1:7070; repeatable.")] = None,
-    partition: Annotated[str, typer.Option(help="As in 'edge[0:2] cloud[2:6] edge[6:8]'.")] = "all:edge",
-    wire: Wire = WirePrecision.FP32,
-    chunk: Annotated[int, typer.Option(min=0, help="Prompt positions per prefill chunk; 0: all at once.")] = 0,
+    partition: Annotated[
+        str, typer.Option(help="As in 'edge[0:2] cloud[2:6] edge[6:8]'.", show_default="all:edge")
+    ] = "",
+    policy: Annotated[str, typer.Option(help="Who chooses instead, as in neurosurgeon; asked once.")] = "",
+    floor: Annotated[str, typer.Option(help="First and last layers that stay on the device, as in 2+2.")] = "",
+    allow_lossy: Annotated[bool, typer.Option(help="The policy may use int8 and int4 on the wire.")] = False,
+    explain: Annotated[bool, typer.Option(help="Say what is chosen, its price, and the fastest other.")] = False,
+    wire: Annotated[WirePrecision | None, typer.Option(help="Activations on the wire.", show_default="fp32")] = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=0, help="Prompt positions per prefill chunk; 0: all at once.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many.")] = 64,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0: all.")] = 0,
@@ -54,18 +70,30 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
     loss: Annotated[float, typer.Option(help="Probability that an element is lost on the wire.")] = 0.0,
     link: Annotated[list[str] | None, typer.Option(help="Shape a link, as 'cloud=rtt=20ms rate=20mbit'.")] = None,
+    link_rate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to believe of a link, as cloud=20mbit, 'cloud=up=5mbit down=50mbit', cloud+third=1gbit."
+        ),
+    ] = None,
     direct: Annotated[list[str] | None, typer.Option(help="Workers that reach each other, as cloud+third.")] = None,
     dtype: DtypeOption = Dtype.FP32,
     weights: WeightsOption = Weights.FULL,
     threads: Threads = 1,
     memory: Memory = "",
     emulate: Emulate = "",
+    profile: Profile = "",
     tls: Tls = None,
     json_file: JsonFile = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.")] = False,
 ) -> None:
     """Answer one prompt, alone or with running workers."""
+    from splitwise_llm.cli.choice import Explained, asked_policy, hindsight
+
+    asked = asked_policy(policy, partition, wire, chunk, allow_lossy)
+    limits = Limits(Floor.parse(floor)) if floor else UNLIMITED
     from splitwise_llm.engine.edge import LinkTo, edge_with
+    from splitwise_llm.engine.survey import LOSSLESS, LOSSY, Rates
     from splitwise_llm.model.sampling import Sampling
     from splitwise_llm.wire.codec import ElementLoss
     from splitwise_llm.wire.keys import device_files
@@ -74,17 +102,26 @@ def generate(
     text = read_prompt(prompt)
     addresses = pairs(machine, "--machine", "cloud=127.0.0.1:7070")
     shapes = {n: LinkShape.parse(s) for n, s in pairs(link, "--link", "'cloud=rtt=20ms rate=20mbit'").items()}
+    rates = {n: Rates.parse(s) for n, s in pairs(link_rate, "--link-rate", "cloud=20mbit").items()}
     reach = LinkTo(addresses, tls=device_files(tls) if tls else None, shapes=shapes)
+    tools = Tools((LOSSLESS[dtype], *LOSSY), EVERYTHING.chunks) if allow_lossy else None
     sampling = Sampling(temperature, top_k, top_p, seed)
     joined = [two_names(pair) for pair in direct or []]
 
     async def work() -> None:
-        options = machine_options(memory, emulate)
-        with edge_with(model, reach, dtype=dtype, weights=weights, threads=threads, direct=joined, **options) as edge:
-            decision = Decision(edge.partition(partition), wire, chunk or None)
+        options = machine_options(memory, emulate) | {"profile": find_device(profile) if profile else None}
+        options |= {"dtype": dtype, "weights": weights, "threads": threads, "direct": joined, "rates": rates}
+        with edge_with(model, reach, **options) as edge:
+            given = partition or "all:edge"
+            decides = asked or Always(Decision(edge.partition(given), wire or WirePrecision.FP32, chunk or None))
+            if explain:
+                decides = Explained(decides, policy or "--partition", edge.names, note)
             async with edge.generate(
-                text, decision, max_new_tokens=max_new_tokens, sampling=sampling, loss=ElementLoss(loss, seed)
-            ) as generation:
+                text, decides, max_new_tokens=max_new_tokens, sampling=sampling, loss=ElementLoss(loss, seed),
+                called=policy, limits=limits, tools=tools,
+            ) as generation:  # fmt: skip
+                for name, error in generation.unreachable.items() if asked and not quiet else ():
+                    note(f"going on without {name}: {error}")
                 try:
                     async for token in generation:
                         print(token.text, end="", flush=True)
@@ -99,6 +136,8 @@ def generate(
                 f"{record.up_bytes} B up, {record.down_bytes} B down" + (" (emulated)" if record.is_emulated else ""),
                 file=sys.stderr,
             )
+        for line in hindsight(record) if explain else ():
+            note(line)
 
     run(work, json_file)
 
@@ -112,6 +151,7 @@ def worker(
     threads: Threads = 1,
     memory: Memory = "",
     emulate: Emulate = "",
+    profile: Profile = "",
     tls: Tls = None,
     max_sessions: Annotated[int, typer.Option(min=1, help="Sessions at a time.")] = 16,
     idle: Annotated[float, typer.Option(min=1, help="Seconds without a message that end a session.")] = 300.0,
@@ -127,7 +167,7 @@ def worker(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     files = worker_files(tls) if tls else None
-    options = machine_options(memory, emulate)
+    options = machine_options(memory, emulate) | {"profile": find_device(profile) if profile else None}
     limit = parse_bytes(max_message)
     if not 1000 <= limit < 2**31 - 1000:
         raise RequestError(f"--max-message {max_message}: expected 1 kB up to 2 GB")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from splitwise_llm.decision import WirePrecision
@@ -16,6 +17,8 @@ from splitwise_llm.errors import SpecError
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import Kind, Plan, Serial
 from splitwise_llm.spec import Weights
+
+_SHIPPED = Path(str(resources.files("splitwise_llm"))) / "data" / "accuracy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +28,15 @@ class Accuracy:
     weights: Mapping[Weights, tuple[float, ...]]
     """By weight form: the loss when one layer group alone is in that form."""
     wire: Mapping[WirePrecision, tuple[float, ...]]
-    """By wire precision: the loss of one crossing of the residual stream after each layer group."""
+    """By wire precision: the loss of one crossing of the residual stream in the middle of each layer group."""
     source: str
     """Where the figures are from, or that they are assumed."""
 
     def weights_by_half(self, form: Weights, layers: int) -> tuple[float, ...]:
         """Loss of each half layer in a weight form."""
         groups = self.weights.get(form, ()) or (0.0,)
-        return tuple(
-            groups[half // 2 * len(groups) // layers] * len(groups) / (2 * layers) for half in range(2 * layers)
-        )
+        of_half = [half // 2 * len(groups) // layers for half in range(2 * layers)]
+        return tuple(groups[group] / of_half.count(group) for group in of_half)
 
     def wire_by_boundary(self, wire: WirePrecision, layers: int) -> tuple[float, ...]:
         """Loss of one crossing before each half layer, and after the last."""
@@ -82,6 +84,12 @@ class Accuracy:
                 f"{path} is no accuracy table ({error!r}); expected 'weights', 'wire' and 'source', as "
                 "`splitwise profile --accuracy` writes them"
             ) from error
+
+    @classmethod
+    def shipped(cls, name: str) -> Accuracy:
+        """The table that comes with the package for a model, `NO_LOSS` where there is none."""
+        path = _SHIPPED / f"{name}.json"
+        return cls.from_file(path) if name.replace("-", "").replace(".", "").isalnum() and path.is_file() else NO_LOSS
 
 
 NO_LOSS = Accuracy({}, {}, "nothing measured: every precision counts as lossless")

@@ -132,12 +132,14 @@ class _Walk:
         self.ended_on = self.plan.embed if loops else None
 
     def _hand_over(self) -> None:
-        """The token reaches the device; the loop waits for it only if it starts there."""
+        """The token reaches the device; the loop waits for it only if it starts there, else just for its sending."""
         for move in self.plan.moves:
-            if move.kind is Kind.TOKEN and self.plan.rows(move, self.step):
-                crossing = Delay.of([self._crossing(move)])
-                if self.step.is_prefill or self.plan.embed != self.plan.head:
-                    self.critical.append(crossing)
+            if move.kind is Kind.TOKEN and (rows := self.plan.rows(move, self.step)):
+                crossing = self._crossing(move)
+                if not self.step.is_prefill and self.plan.embed == self.plan.head:
+                    sending_s = self.world.hosts[move.src].sending_s(self.plan.payload_bytes(move, rows))
+                    crossing = self.world.basis.form({0: sending_s})
+                self.critical.append(Delay.of([crossing]))
 
     def _stage(self, index: int, stage: Stage, arrivals: dict[int, Form]) -> dict[int, Form]:
         """Price a stage and what crosses after it; what the next stage's machines wait for."""
@@ -153,7 +155,9 @@ class _Walk:
 
     def _compute(self, stage: Stage, machine: int) -> Form:
         basis = self.world.basis
-        seconds = stage_seconds(self.world.spec, self.world.hosts[machine], stage, machine, self.step)
+        # Where the loop never leaves one machine, its caches still hold what the last token left there.
+        rested = self.step.is_prefill or len(self.plan.decision.partition.machines) > 1
+        seconds = stage_seconds(self.world.spec, self.world.hosts[machine], stage, machine, self.step, rested)
         self.busy_s[machine] += seconds
         visit = 0.0 if self.ended_on == machine else 1.0
         return basis.form({basis.slow(machine): seconds, basis.join(machine): visit})
@@ -165,7 +169,7 @@ class _Walk:
         form = basis.form({})
         for src, dst in self.plan.legs(move.src, move.dst):
             self.bytes[src, dst] += size
-            software_s = hosts[src].device.message_s + hosts[dst].device.message_s
+            software_s = hosts[src].message_s(size) + hosts[dst].message_s(size)
             form += basis.form({0: software_s, basis.rtt(src, dst): 0.5, basis.inverse(src, dst): size})
         return form
 
@@ -181,34 +185,38 @@ def _prefill(world: World, plan: Plan, job: Job) -> tuple[Delay, _Walk]:
     body = _Walk.of(world, plan, replace(steps[-1], emits=False))
     # What only the last chunk does (head, and the way to it) comes once, after the pipeline has run dry.
     end = _end_only(walks[-1], body)
-    total = walks[-1]
-    for walk in walks[:-1]:
-        total.busy_s = [a + b for a, b in zip(total.busy_s, walk.busy_s, strict=True)]
-        for lane, size in walk.bytes.items():
-            total.bytes[lane] += size
+    piped = _sum([*walks[:-1], body])
     mean = NOTHING
     for walk in (*walks[:-1], body):
         mean += walk.seconds.times(1 / chunks)
     basis = world.basis
-    stations = [basis.form({basis.slow(m): seconds}) for m, seconds in enumerate(total.busy_s) if seconds]
-    stations += [basis.form({basis.inverse(*lane): size}) for lane, size in total.bytes.items()]
-    return mean + Delay.of(stations).times(1 - 1 / chunks) + end, total
+    stations = [basis.form({basis.slow(m): seconds}) for m, seconds in enumerate(piped.busy_s) if seconds]
+    stations += [basis.form({basis.inverse(*lane): size}) for lane, size in piped.bytes.items()]
+    return mean + Delay.of(stations).times(1 - 1 / chunks) + end, _sum(walks)
+
+
+def _sum(walks: Sequence[_Walk]) -> _Walk:
+    """Compute and payload of some walks of one plan."""
+    busy_s = [sum(each) for each in zip(*(walk.busy_s for walk in walks), strict=True)]
+    total = replace(walks[0], critical=[], busy_s=busy_s, bytes=defaultdict(float))
+    for walk in walks:
+        for lane, size in walk.bytes.items():
+            total.bytes[lane] += size
+    return total
 
 
 def _end_only(last: _Walk, body: _Walk) -> Delay:
-    """What an emitting walk has beyond one that does not emit, forms in the same order."""
-    plan, world = last.plan, last.world
-    basis = world.basis
-    final = len(plan.stages) - 1
+    """What an emitting walk has beyond one that does not emit, in order: partial sums, stream, head, token."""
+    plan, basis = last.plan, last.world.basis
+    probe = replace(last, critical=[], busy_s=list(last.busy_s), bytes=defaultdict(float))
+    only = [move for move in plan.moves_after(len(plan.stages) - 2) if move.last_only]
+    together = [[move for move in only if move.kind is kind] for kind in (Kind.PARTIAL, Kind.RESIDUAL)]
+    together += [[move] for move in plan.moves if move.kind is Kind.TOKEN]
     seconds = sum(last.busy_s) - sum(body.busy_s)
-    machine = plan.head
-    groups = [Delay.of([basis.form({basis.slow(machine): seconds})])]
-    probe = _Walk(world, plan, last.step, [], [0.0] * len(world.hosts), defaultdict(float))
-    only = [move for move in plan.moves_after(final - 1) if move.last_only]
-    if only:
-        groups.append(Delay.of([probe._crossing(move) for move in only]))
-    groups += [Delay.of([probe._crossing(move)]) for move in plan.moves if move.kind is Kind.TOKEN]
-    return Delay(group for delay in groups for group in delay.groups)
+    visit = float(isinstance(plan.stages[-1], Serial) and plan.stages[-1].is_head_only)
+    delays = [Delay.of([basis.form({basis.slow(plan.head): seconds, basis.join(plan.head): visit})])]
+    delays += [Delay.of([probe._crossing(move) for move in moves]) for moves in together if moves]
+    return Delay(group for delay in delays for group in delay.groups)
 
 
 def _decode(world: World, plan: Plan, job: Job) -> tuple[Delay, list[float], dict[Pair, float]]:
@@ -218,7 +226,8 @@ def _decode(world: World, plan: Plan, job: Job) -> tuple[Delay, list[float], dic
     walk = _Walk.of(world, plan, step)
     delay = walk.seconds
     if draft and world.drafter.model is not None:
-        basis, host = world.basis, world.hosts[plan.embed]
+        basis = world.basis
+        host = replace(world.hosts[plan.embed], measured=None)  # what was measured is another model's
         seconds = draft * host.model_s(world.drafter.model, 1, job.mean_context)
         walk.busy_s[plan.embed] += seconds
         delay += Delay.of([basis.form({basis.slow(plan.embed): seconds})])
@@ -230,8 +239,10 @@ def _decode(world: World, plan: Plan, job: Job) -> tuple[Delay, list[float], dic
     )
 
 
-def memory_bytes(world: World, partition: Partition, machine: int, job: Job, chunk: int | None) -> float:
-    """Weights, cache and activations of a job on a machine; 0 where it has nothing to do."""
+def memory_bytes(
+    world: World, partition: Partition, machine: int, job: Job, chunk: int | None, draft: int = 0
+) -> float:
+    """Weights, cache and activations of a job on a machine, and a drafting model; 0 where it has nothing to do."""
     if machine not in partition.machines:
         return 0.0
     spec, host = world.spec, world.hosts[machine]
@@ -241,6 +252,11 @@ def memory_bytes(world: World, partition: Partition, machine: int, job: Job, chu
     rows = min(chunk or job.prompt_tokens, job.prompt_tokens)
     # The stream before and after a sub-block, and its widest inner tensor.
     buffers = rows * (2 * spec.d_model + max(spec.ffn_matrices - 1, 1) * spec.d_ff) * host.dtype.num_bytes
+    drafter = world.drafter.model
+    if draft and drafter is not None and machine == partition.embed:
+        whole = Partition.all_on(drafter, machine)
+        weights += counts.assigned_weight_bytes(drafter, whole, machine, host.dtype, host.weights)
+        cache += counts.assigned_kv_bytes(drafter, whole, machine, host.dtype, positions)
     return weights + cache + buffers
 
 
@@ -256,7 +272,9 @@ def _spending(
         shared = host.is_shared and machine != DEVICE
         idle_w = 0.0 if shared else device.idle_w  # a server idles for the others, too
         watts = (device.prefill_w if is_prefill else device.decode_w) - idle_w
-        active = basis.form({basis.share(machine) if shared and not is_prefill else basis.slow(machine): seconds})
+        # A prompt adds its own seconds to a shared machine's iterations, however many others are in them.
+        place = (0 if is_prefill else basis.share(machine)) if shared else basis.slow(machine)
+        active = basis.form({place: seconds})
         usd += device.usd_per_hour / 3600 * active
         if machine == DEVICE:
             device_j += watts * active
@@ -299,7 +317,8 @@ def bill(world: World, decision: Decision, job: Job) -> Bill:
         token=_spending(world, plan, token_busy, token_bytes, is_prefill=False),
         others_idle_w=sum(world.hosts[m].device.pue * world.hosts[m].device.idle_w for m in alone),
         memory_bytes=tuple(
-            memory_bytes(world, partition, machine, job, decision.prefill_chunk) for machine in range(len(world.hosts))
+            memory_bytes(world, partition, machine, job, decision.prefill_chunk, decision.draft)
+            for machine in range(len(world.hosts))
         ),
         nats=world.accuracy.of(plan, [host.weights for host in world.hosts]),
     )

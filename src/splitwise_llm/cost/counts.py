@@ -6,6 +6,7 @@ Norms, biases and rotary tables are below a thousandth of any unit and are not c
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 from splitwise_llm.partition import Part, Partition
 from splitwise_llm.spec import Dtype, ModelSpec, Weights
@@ -15,6 +16,7 @@ def _matrices(spec: ModelSpec, part: Part) -> tuple[tuple[int, int], ...]:
     return spec.group_matrices if part is Part.ATTENTION else spec.shard_matrices
 
 
+@cache
 def unit_weight_bytes(spec: ModelSpec, part: Part, dtype: Dtype, weights: Weights) -> float:
     """Bytes of the linear weights of one key/value group or one FFN shard."""
     return sum(weights.num_bytes(rows, columns, dtype) for rows, columns in _matrices(spec, part))

@@ -15,18 +15,27 @@ from splitwise_llm.spec import DeviceSpec, Dtype, ModelSpec, Weights
 
 
 class UnitTimes(Protocol):
-    """Measured seconds of the pieces of one model on one machine, in one precision."""
+    """Measured seconds of the pieces of one model on one machine, in one precision. `rested`: the machine waited
+    for others since its last step, and its caches hold other things."""
 
-    def half_s(self, part: Part, units: int, rows: int, context: int) -> float:
+    def half_s(self, part: Part, units: int, rows: int, context: int, rested: bool) -> float:
         """`units` units of one half layer over `rows` positions that see up to `context`."""
         ...
 
-    def head_s(self, rows: int) -> float:
+    def head_s(self, rows: int, rested: bool) -> float:
         """Final norm, output projection and sampling of `rows` positions."""
         ...
 
-    def stage_s(self, rows: int) -> float:
-        """What entering and leaving one stage costs besides its halves."""
+    def stage_s(self, rows: int, rested: bool) -> float:
+        """What a stage computes besides its halves: positions, codec, and the first touch of everything."""
+        ...
+
+    def call_s(self, threaded: bool) -> float:
+        """Software around a computation, on the compute thread or on the thread that asks."""
+        ...
+
+    def message_s(self, num_bytes: float) -> float:
+        """Software at one end of a message."""
         ...
 
 
@@ -47,26 +56,36 @@ class Host:
         """Whether it serves several sequences at a time, so that a request pays for its part of a batch."""
         return self.device.slots > 1
 
-    def half_s(self, spec: ModelSpec, part: Part, units: int, rows: int, context: int, batch: int = 1) -> float:
+    def half_s(
+        self, spec: ModelSpec, part: Part, units: int, rows: int, context: int, batch: int = 1, rested: bool = False
+    ) -> float:
         """Seconds of `units` units of one half layer over `rows` new positions, for each of `batch` sequences at
         `context`: weights are read once, keys and values once per sequence."""
         if self.measured is not None:
-            return self.stretch * self.measured.half_s(part, units, rows, context)
+            return self.stretch * self.measured.half_s(part, units, rows, context, rested)
         flop = batch * units * counts.unit_flop(spec, part, rows, context)
         kv = counts.unit_memory_bytes(spec, part, context, self.dtype, self.weights)
         weight = counts.unit_weight_bytes(spec, part, self.dtype, self.weights)
         return self.stretch * self.device.seconds(flop, units * (weight + batch * (kv - weight)))
 
-    def head_s(self, spec: ModelSpec, rows: int = 1, batch: int = 1) -> float:
+    def head_s(self, spec: ModelSpec, rows: int = 1, batch: int = 1, rested: bool = False) -> float:
         """Seconds of the output projection of `rows` positions of each of `batch` sequences."""
         if self.measured is not None:
-            return self.stretch * self.measured.head_s(rows)
+            return self.stretch * self.measured.head_s(rows, rested)
         table = counts.table_bytes(spec, self.dtype, self.weights)
         return self.stretch * self.device.seconds(batch * counts.head_flop(spec, rows), table)
 
-    def stage_s(self, rows: int) -> float:
-        """Seconds of entering and leaving a stage; part of the launches of a roofline."""
-        return self.stretch * self.measured.stage_s(rows) if self.measured is not None else 0.0
+    def stage_s(self, rows: int, rested: bool = False) -> float:
+        """Seconds of entering and leaving a stage; part of the launches of a roofline. Prefill and emulated machines
+        compute on a thread of their own, and handing over to it is never stretched."""
+        if self.measured is None:
+            return 0.0
+        threaded = rows > 1 or self.stretch != 1
+        return self.stretch * self.measured.stage_s(rows, rested) + self.measured.call_s(threaded)
+
+    def message_s(self, num_bytes: float) -> float:
+        """Seconds of software at this end of a message."""
+        return self.device.message_s if self.measured is None else self.measured.message_s(num_bytes)
 
     def model_s(self, spec: ModelSpec, rows: int, context: int, batch: int = 1) -> float:
         """Seconds of one step of the whole model: what a serving machine advertises as its step time."""
@@ -74,22 +93,31 @@ class Host:
         ffn = self.half_s(spec, Part.FFN, spec.num_ffn_shards, rows, context, batch)
         return spec.num_layers * (attention + ffn) + self.head_s(spec, 1, batch) + self.stage_s(rows)
 
+    def sending_s(self, num_bytes: float) -> float:
+        """Seconds that sending a message keeps a loop that does not wait for its arrival: our engine's computes and
+        sends in turn; a roofline's server is taken to send beside it."""
+        return 0.0 if self.measured is None else self.measured.message_s(num_bytes)
 
-def stage_seconds(spec: ModelSpec, host: Host, stage: Stage, machine: int, step: Step) -> float:
+
+def stage_seconds(spec: ModelSpec, host: Host, stage: Stage, machine: int, step: Step, rested: bool = False) -> float:
     """What one stage of a step takes `machine` if it is `host`: its units sub-block by sub-block, and the output
-    projection where the head is."""
+    projection where the head is. `rested`: it waited for others since its last step, as an emulated machine always
+    does, for it is slow by sleeping."""
     context, rows = step.start + step.count, step.count
+    rested = rested or host.stretch != 1
     if not isinstance(stage, Serial):
         units = sum(len(share.units) for share in stage.shares if share.machine == machine)
-        return (host.half_s(spec, stage.part, units, rows, context) + host.stage_s(rows)) if units else 0.0
+        if not units:
+            return 0.0
+        return host.half_s(spec, stage.part, units, rows, context, rested=rested) + host.stage_s(rows, rested)
     halves = {
         Part.ATTENTION: (stage.stop + 1) // 2 - (stage.start + 1) // 2,
         Part.FFN: stage.stop // 2 - stage.start // 2,
     }
-    total = host.stage_s(rows)
+    total = host.stage_s(rows, rested)
     for part, number in halves.items():
         if number:
-            total += number * host.half_s(spec, part, counts.units_in(spec, part), rows, context)
+            total += number * host.half_s(spec, part, counts.units_in(spec, part), rows, context, rested=rested)
     if stage.head and step.emits:
-        total += host.head_s(spec, 1 if step.is_prefill else rows)
+        total += host.head_s(spec, 1 if step.is_prefill else rows, rested=rested)
     return total

@@ -68,7 +68,7 @@ def obstacle(world: World, decision: Decision, job: Job, limits: Limits = UNLIMI
             return f"machine {machine} ({name}) cannot be reached"
         if limits.only is not None and machine not in limits.only:
             return f"machine {machine} ({name}) may not be used"
-        need = memory_bytes(world, partition, machine, job, decision.prefill_chunk)
+        need = memory_bytes(world, partition, machine, job, decision.prefill_chunk, decision.draft)
         have = world.hosts[machine].device.memory_bytes
         if need > have:
             return f"machine {machine} ({name}) would hold {show_bytes(need)} and has {show_bytes(have)}"

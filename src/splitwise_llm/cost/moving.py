@@ -97,52 +97,54 @@ def _runs(old: Partition, new: Partition) -> list[tuple[int, int, int]]:
     return sorted(runs, key=lambda run: run[1])
 
 
-def _compute_s(world: World, machine: int, partition: Partition, start: int, stop: int, context: int) -> float:
-    """Seconds of a machine's units of halves `start` to `stop` over all positions at once."""
-    host, total = world.hosts[machine], 0.0
+def _crossing(world: World, src: int, dst: int, size: float) -> Form:
+    form = world.basis.form({})
+    for a, b in _legs(world, src, dst):
+        software_s = world.hosts[a].message_s(size) + world.hosts[b].message_s(size)
+        form += world.basis.form({0: software_s, world.basis.rtt(a, b): 0.5, world.basis.inverse(a, b): size})
+    return form
+
+
+def _again(
+    world: World, new: Decision, feeder: int, start: int, stop: int, context: int
+) -> tuple[Form, list[float], float]:
+    """Seconds, compute of each machine and bytes of running some halves again over all positions at once, from what
+    the feeder has: their machines do so in turn, and all shared halves but the last end with an exchange."""
+    form, busy_s, crossed = world.basis.form({}), [0.0] * len(world.hosts), 0.0
+    stream = new.wire.payload_bytes(context, world.spec.d_model)
+    holders = [feeder]
     for half in range(start, stop):
-        units = len(partition.units_on(machine, half))
-        if units:
-            total += host.half_s(world.spec, Part.FFN if half % 2 else Part.ATTENTION, units, context, context)
-    return total
+        part = Part.FFN if half % 2 else Part.ATTENTION
+        units = {owner: len(new.partition.units_on(owner, half)) for owner in sorted(set(new.partition.owners(half)))}
+        without = [owner for owner in units if owner not in holders]
+        if without:
+            form += _crossing(world, holders[0], without[0], stream)
+            crossed += len(without) * stream
+        seconds = {m: world.hosts[m].half_s(world.spec, part, n, context, context) for m, n in units.items()}
+        slowest = max(seconds, key=seconds.__getitem__)
+        form += world.basis.form({world.basis.slow(slowest): seconds[slowest]})
+        for owner in units:
+            busy_s[owner] += seconds[owner]
+        holders = list(units)
+        if len(holders) > 1 and half + 1 < stop:
+            form += _crossing(world, holders[0], holders[1], stream)
+            crossed += len(holders) * (len(holders) - 1) * stream
+    return form, busy_s, crossed
 
 
 def _gain(world: World, old: Partition, new: Decision, context: int, machine: int, start: int, stop: int) -> Gain:
     basis, spec = world.basis, world.spec
-    busy = [0.0] * len(world.hosts)
-    recompute = basis.form({basis.join(machine): 1.0})
-    recomputed_bytes = 0.0
-
-    def cross(src: int, dst: int, size: float) -> Form:
-        form = basis.form({})
-        for a, b in _legs(world, src, dst):
-            software_s = world.hosts[a].device.message_s + world.hosts[b].device.message_s
-            form += basis.form({0: software_s, basis.rtt(a, b): 0.5, basis.inverse(a, b): size})
-        return form
-
-    stream = new.wire.payload_bytes(context, spec.d_model)
     before = start
     while before and not _kept(old, before):  # back to the ids, or to a boundary whose activations were kept
         before -= 1
     feeder = machine if before == start else new.partition.owners(before)[0]
+    recompute, busy, recomputed_bytes = _again(world, new, feeder, before, stop, context)
+    recompute += basis.form({basis.join(machine): 1.0})
     keepers = {DEVICE, *old.owners(before - 1), *old.owners(before)} if before else {DEVICE}
     if feeder not in keepers:
-        size = stream if before else TOKEN_ID_BYTES * context
-        recompute += cross(DEVICE, feeder, size)
+        size = new.wire.payload_bytes(context, spec.d_model) if before else TOKEN_ID_BYTES * context
+        recompute += _crossing(world, DEVICE, feeder, size)
         recomputed_bytes += size
-    if before < start:
-        seconds = sum(
-            _compute_s(world, owner, new.partition, before, start, context)
-            for owner in {o for half in range(before, start) for o in new.partition.owners(half)}
-        )
-        busy[feeder] += seconds
-        recompute += basis.form({basis.slow(feeder): seconds})
-        if feeder != machine:
-            recompute += cross(feeder, machine, stream)
-            recomputed_bytes += stream
-    seconds = _compute_s(world, machine, new.partition, start, stop, context)
-    busy[machine] += seconds
-    recompute += basis.form({basis.slow(machine): seconds})
 
     transfer, moved = basis.form({}), 0.0
     by_source: dict[int, int] = {}
@@ -153,7 +155,7 @@ def _gain(world: World, old: Partition, new: Decision, context: int, machine: in
                 by_source[source] = by_source.get(source, 0) + 1
     for source, units in by_source.items():
         size = context * spec.kv_bytes_per_position(units, world.hosts[source].dtype)
-        transfer += cross(source, machine, size)
+        transfer += _crossing(world, source, machine, size)
         moved += size
     return Gain(machine, start, stop, recompute, transfer, tuple(busy), recomputed_bytes, moved)
 

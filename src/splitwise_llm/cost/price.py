@@ -68,11 +68,18 @@ class Table:
         self._nats = np.array([bill.nats for bill in bills])
         self._others_idle_w = np.array([bill.others_idle_w for bill in bills])
         self._slot_share = np.array([self._slots(bill) for bill in bills])
+        self._recompute_w, self._recompute_usd = np.array([self._recomputing(bill) for bill in bills]).T
 
     def _slots(self, bill: Bill) -> float:
         """What holding a slot for a second takes of the shared machines it uses."""
         hosts = [self.world.hosts[machine] for machine in bill.decision.partition.machines if machine != DEVICE]
         return max((1 / host.device.slots for host in hosts if host.is_shared), default=0.0)
+
+    def _recomputing(self, bill: Bill) -> tuple[float, float]:
+        """W beyond idling and USD/s of a machine beside the device that recomputes; of several, the dearest."""
+        hosts = [self.world.hosts[machine] for machine in bill.decision.partition.machines if machine != DEVICE]
+        watts = [h.device.pue * (h.device.prefill_w - (0.0 if h.is_shared else h.device.idle_w)) for h in hosts]
+        return max(watts, default=0.0), max((h.device.usd_per_hour / 3600 for h in hosts), default=0.0)
 
     def __len__(self) -> int:
         return len(self.bills)
@@ -136,6 +143,8 @@ class Table:
             ttft, wait = entry.seconds, np.zeros_like(entry.seconds)
             device_j = entry.device_s * (self._device.prefill_w - self._device.idle_w)
             prompt = {"device_s": entry.device_s, "cloud_s": entry.cloud_s, "device_j": device_j}
+            prompt["others_j"] = entry.cloud_s * self._recompute_w
+            prompt["usd"] = entry.cloud_s * self._recompute_usd
         whole = {name: prompt.get(name, 0.0) + later * per_token for name, per_token in token.items()}
         service = ttft + later * tpot
         total = wait + service

@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Self
 
+from splitwise_llm.cost import UNLIMITED, Limits
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine.generation import Connect, Device, Generation
 from splitwise_llm.engine.machine import Machine
+from splitwise_llm.engine.survey import Rates
 from splitwise_llm.engine.walk import GREEDY, NO_LOSS, Choose, Request
 from splitwise_llm.errors import RequestError, Unreachable
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.tokenizer import Tokenizer
-from splitwise_llm.observation import Always, Policy
+from splitwise_llm.observation import Always, Policy, Tools
 from splitwise_llm.partition import NAME, Partition
+from splitwise_llm.plan import DEVICE
 from splitwise_llm.spec import DeviceSpec, Dtype, Weights
 from splitwise_llm.wire.codec import ElementLoss
 from splitwise_llm.wire.grpc_link import dial
@@ -32,7 +36,7 @@ class Edge:
     """A device with a model and the names of the workers it can reach. Closing it closes its machine.
 
     `direct` gives, for a pair of workers with a link of their own, the address at which the first reaches
-    the second.
+    the second; `rates` what links carry as far as one knows, by worker, or by two workers as in `cloud+third`.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Edge:
         workers: Sequence[str] = (),
         connect: Connect | None = None,
         direct: Mapping[tuple[str, str], str] | None = None,
+        rates: Mapping[str, Rates] | None = None,
     ) -> None:
         if EDGE in workers or len(set(workers)) != len(workers):
             raise RequestError(f"machine names must differ from each other and from '{EDGE}': {', '.join(workers)}")
@@ -53,7 +58,8 @@ class Edge:
         if any(a == b or (b, a) in pairs for a, b in pairs):
             raise RequestError("a direct link joins two different workers, and each pair is named once")
         tokenizer = Tokenizer(machine.checkpoint.directory)
-        self._device = Device(machine, tokenizer, self.names, connect or _nowhere, pairs)
+        known = dict(self._rates(link, said, pairs) for link, said in (rates or {}).items())
+        self._device = Device(machine, tokenizer, self.names, connect or _nowhere, pairs, known)
 
     def __enter__(self) -> Self:
         return self
@@ -70,6 +76,16 @@ class Edge:
             raise RequestError(f"unknown worker {name!r}; the workers are {', '.join(self.names[1:]) or 'none'}")
         return self.names.index(name)
 
+    def _rates(self, link: str, said: Rates, direct: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], Rates]:
+        """The pair of machines that a name stands for, lower number first, and the rates in that order."""
+        first, plus, second = link.partition("+")
+        if not plus:
+            return (DEVICE, self._number(link)), said
+        a, b = self._number(first), self._number(second)
+        if not {(a, b), (b, a)} & set(direct):
+            raise RequestError(f"rates of {link} were given, and there is no direct link between these two")
+        return ((a, b), said) if a < b else ((b, a), replace(said, up=said.down, down=said.up))
+
     def partition(self, text: str) -> Partition:
         """Read a partition of this model over these machines. Raises PartitionError."""
         return Partition.parse(text, self.machine.spec, self.names)
@@ -84,9 +100,15 @@ class Edge:
         stop_ids: Sequence[int] | None = None,
         loss: ElementLoss | None = None,
         choose: Choose | None = None,
+        called: str = "",
+        limits: Limits = UNLIMITED,
+        tools: Tools | None = None,
     ) -> Generation:
         """One generation, to be entered as a context and iterated. `policy` may be a partition or its text;
         `choose` replaces sampling, where the head is on the device.
+
+        `called` is the policy's name in the record; `limits` what it must respect, `tools` what it may use (None:
+        what loses nothing).
 
         Raises UserError now; entering it raises what opening the session meets.
         """
@@ -103,7 +125,7 @@ class Edge:
             policy = Decision(policy)
         if isinstance(policy, Decision):
             policy = Always(policy)
-        return Generation(self._device, ids, policy, request, choose)
+        return Generation(self._device, ids, policy, request, choose, called=called, limits=limits, tools=tools)
 
 
 async def _nowhere(name: str) -> Link:
@@ -125,6 +147,11 @@ class LinkTo:
         if unknown:
             raise RequestError(f"a link shape was given for {min(unknown)!r}, which is no machine of this call")
 
+    @property
+    def rates(self) -> dict[str, Rates]:
+        """What the shaped links carry on average."""
+        return {name: Rates.of_shape(shape) for name, shape in self._shapes.items()}
+
     async def __call__(self, name: str) -> Link:
         link = await dial(self.addresses[name], name=name, tls=self._tls)
         return ShapedLink(link, self._shapes[name]) if name in self._shapes else link
@@ -139,17 +166,21 @@ def edge_with(
     threads: int = 1,
     memory_bytes: int | None = None,
     emulate: float | DeviceSpec | None = None,
+    profile: DeviceSpec | None = None,
     direct: Iterable[tuple[str, str]] = (),
+    rates: Mapping[str, Rates] | None = None,
 ) -> Edge:
     """The device end of a model (`bundled`, a directory or a hub id) with workers at `host:port`, by name.
 
-    `direct` names pairs of workers that reach each other, the second at the address given for it here.
+    `direct` names pairs of workers that reach each other, the second at the address given for it here; `rates` come
+    before those of the shapes.
     Close it, or use it as a context manager. Raises ModelError, RequestError.
     """
     reach = workers if isinstance(workers, LinkTo) else LinkTo(workers)
     checkpoint = Checkpoint(locate(model))
     machine = Machine(
-        checkpoint, dtype=dtype, weights=weights, threads=threads, memory_bytes=memory_bytes, emulate=emulate
-    )
+        checkpoint, dtype=dtype, weights=weights, threads=threads, memory_bytes=memory_bytes, emulate=emulate,
+        profile=profile,
+    )  # fmt: skip
     pairs = {(a, b): reach.addresses.get(b, "") for a, b in direct}
-    return Edge(machine, tuple(reach.addresses), reach, pairs)
+    return Edge(machine, tuple(reach.addresses), reach, pairs, reach.rates | dict(rates or {}))

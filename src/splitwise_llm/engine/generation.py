@@ -13,34 +13,23 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from splitwise_llm import errors
 from splitwise_llm import plan as plans
+from splitwise_llm.cost import UNLIMITED, Limits, price
 from splitwise_llm.decision import Decision
+from splitwise_llm.engine.greeting import ECHOES, Greeted, answer, greet, unexpected
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.memory import peak_memory_bytes
 from splitwise_llm.engine.post import Post
+from splitwise_llm.engine.survey import Rates, Survey
 from splitwise_llm.engine.walk import Choose, Request, Sampled, Walker
-from splitwise_llm.errors import (
-    BrokenInvariant,
-    LinkDied,
-    PeerMismatch,
-    ProtocolError,
-    RequestError,
-    SplitwiseError,
-    UserError,
-    WorkerFailed,
-)
+from splitwise_llm.errors import BrokenInvariant, RequestError, SplitwiseError
 from splitwise_llm.model.tokenizer import TextStream, Tokenizer
-from splitwise_llm.observation import MachineView, Observation, Policy
+from splitwise_llm.observation import Always, Observation, Policy, Tools
 from splitwise_llm.plan import DEVICE, Crossings
-from splitwise_llm.records import Interval, MachineRecord, RequestRecord
-from splitwise_llm.spec import Dtype, Weights
+from splitwise_llm.records import Interval, MachineRecord, Prediction, RequestRecord
 from splitwise_llm.wire import messages
 from splitwise_llm.wire.link import Link
-from splitwise_llm.wire.messages import Close, Closed, Failed, Header, Hello, Open, Opened, Welcome, pack, unpack
-
-OPENING_S = 600.0
-"""Loading a large share from a slow disk takes a while; keepalive finds a dead worker sooner."""
+from splitwise_llm.wire.messages import Close, Closed, Open, Opened, pack
 
 Connect = Callable[[str], Awaitable[Link]]
 """Opens a link to a machine, by its name. Raises Unreachable."""
@@ -57,6 +46,8 @@ class Device:
     connect: Connect
     direct: Mapping[tuple[int, int], str]
     """For a pair of workers with a link of their own, the address at which the first reaches the second."""
+    rates: Mapping[tuple[int, int], Rates]
+    """Of links, lower number first, as far as they are known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +65,7 @@ class _Worker:
 
     name: str
     link: Link
-    welcome: Welcome
-    rtt_s: float
+    greeted: Greeted
     closed: Closed | None = None
     intervals: tuple[Interval, ...] = ()
 
@@ -84,10 +74,19 @@ class Generation:
     """One prompt being answered. After the last token, `record` says how it went."""
 
     def __init__(
-        self, device: Device, prompt: list[int], policy: Policy, request: Request, choose: Choose | None
+        self,
+        device: Device,
+        prompt: list[int],
+        policy: Policy,
+        request: Request,
+        choose: Choose | None,
+        *,
+        called: str = "",
+        limits: Limits = UNLIMITED,
+        tools: Tools | None = None,
     ) -> None:
         self._device, self._prompt, self._policy, self._request = device, prompt, policy, request
-        self._choose = choose
+        self._choose, self._called, self._limits, self._tools = choose, called, limits, tools
         self._workers: dict[int, _Worker] = {}
         self._tokens: asyncio.Queue[tuple[Sampled, float] | None] = asyncio.Queue()
         self._driving: asyncio.Task[None] | None = None
@@ -95,7 +94,11 @@ class Generation:
         self._start_s = 0.0
         self._open_s = 0.0
         self._record: RequestRecord | None = None
+        self.observation: Observation
         self.decision: Decision
+        self.predicted: Prediction | None = None
+        self.unreachable: dict[str, SplitwiseError] = {}
+        """By name, the workers that did not answer as they should, and why."""
 
     @property
     def record(self) -> RequestRecord:
@@ -107,11 +110,9 @@ class Generation:
     async def __aenter__(self) -> Self:
         start = time.monotonic()
         try:
-            unreachable = await self._greet_all()
-            self.decision = self._policy.decide(self._observation())
-            if self.decision.draft:
-                raise RequestError(f"{self.decision.draft} drafted tokens: drafting is priced, not executed; use 0")
-            await self._open_all(unreachable)
+            await self._greet_all()
+            self._decide()
+            await self._open_all()
         except BaseException:
             await self._leave()
             raise
@@ -143,68 +144,62 @@ class Generation:
 
     # Opening
 
-    async def _greet_all(self) -> dict[int, SplitwiseError]:
+    async def _greet_all(self) -> None:
         """Say hello to every worker at once. Those that do not answer matter only if they are needed."""
         names = list(enumerate(self._device.names))[1:]
         met = await asyncio.gather(*(self._greet(name) for _, name in names), return_exceptions=True)
-        unreachable: dict[int, SplitwiseError] = {}
         for (number, _), worker in zip(names, met, strict=True):
             if isinstance(worker, _Worker):
                 self._workers[number] = worker
-        for (number, _), worker in zip(names, met, strict=True):
+        for (_, name), worker in zip(names, met, strict=True):
             if isinstance(worker, SplitwiseError):
-                unreachable[number] = worker
+                self.unreachable[name] = worker
             elif isinstance(worker, BaseException):
                 raise worker
-        return unreachable
 
     async def _greet(self, name: str) -> _Worker:
         link = await self._device.connect(name)
         try:
-            start = time.monotonic()
-            mine = self._device.machine.checkpoint.fingerprint
-            await link.send(pack(Hello(messages.PROTOCOL_VERSION, mine)))
-            welcome = await _answer(link, Welcome)
-            if welcome.dtype not in set(Dtype) or welcome.weights not in set(Weights):
-                raise ProtocolError(f"{link.peer} computes in unknown formats {welcome.dtype}, {welcome.weights}")
-            if welcome.protocol != messages.PROTOCOL_VERSION:
-                raise PeerMismatch(
-                    f"{link.peer} speaks protocol {welcome.protocol}, "
-                    f"this device {messages.PROTOCOL_VERSION}; install the same version on both"
-                )
-            if welcome.fingerprint != mine:
-                raise PeerMismatch(
-                    f"{link.peer} holds model {welcome.fingerprint}, this device {mine}; "
-                    "start both with the same --model"
-                )
-            link.max_frame_bytes = min(link.max_frame_bytes, welcome.max_frame_bytes)
-            return _Worker(name, link, welcome, time.monotonic() - start)
+            # A partition that was given asks for no figures.
+            echoes = 0 if isinstance(self._policy, Always) else ECHOES
+            return _Worker(name, link, await greet(link, self._device.machine.checkpoint.fingerprint, echoes))
         except BaseException:
             await link.close()
             raise
 
-    def _observation(self) -> Observation:
-        machine = self._device.machine
-        views = [MachineView(self._device.names[DEVICE], True, machine.memory_bytes, machine.dtype, machine.weights)]
-        for number, name in list(enumerate(self._device.names))[1:]:
-            worker = self._workers.get(number)
-            if worker is None:
-                views.append(MachineView(name, False, 0, Dtype.FP32, Weights.FULL))
-            else:
-                said = worker.welcome
-                dtype, weights = Dtype(said.dtype), Weights(said.weights)
-                views.append(MachineView(name, True, said.memory_bytes, dtype, weights, worker.rtt_s))
-        request = self._request
-        return Observation(machine.spec, tuple(views), request.prompt_tokens, request.max_new_tokens)
+    def _decide(self) -> None:
+        """Ask the policy, once; what it may not decide is refused here, whoever it is. Raises SplitwiseError."""
+        device, greeted = self._device, {number: worker.greeted for number, worker in self._workers.items()}
+        direct = frozenset((min(pair), max(pair)) for pair in device.direct)
+        survey = Survey(device.machine, device.names, greeted, device.rates, direct)
+        self.observation = observation = survey.observe(self._request, self._limits, self._tools)
+        try:
+            decision = self.decision = self._policy.decide(observation)
+        except RequestError as error:
+            if not self.unreachable:
+                raise
+            raise RequestError("; ".join(map(str, (error, *self.unreachable.values())))) from error
+        if decision.draft:
+            raise RequestError(f"{decision.draft} drafted tokens: drafting is priced, not executed; use 0")
+        for number in decision.partition.machines:
+            if device.names[number] in self.unreachable:
+                raise self.unreachable[device.names[number]]
+        floor = self._limits.floor
+        if floor and not floor.holds(decision.partition):
+            raise RequestError(
+                f"{decision.partition.text(device.names)} takes from the device what the floor {floor.first_layers}+"
+                f"{floor.last_layers} keeps there: its first and last layers, embedding and head"
+            )
+        if (world := observation.world) is not None:
+            expected = price(world, decision, observation.job, world.conditions(observation.loads))
+            links = survey.links(world)
+            self.predicted = Prediction(expected.ttft_s, expected.tpot_s, expected.device_j, expected.total_j, links)
 
-    async def _open_all(self, unreachable: Mapping[int, SplitwiseError]) -> None:
+    async def _open_all(self) -> None:
         """Open the session on every machine the decision uses; say good-bye to the others."""
         partition = self.decision.partition
         if self._choose and partition.head != DEVICE:
             raise RequestError("tokens can only be chosen here where the head is on the device: add head=edge")
-        for number in partition.machines:
-            if number in unreachable:
-                raise unreachable[number]
         for number in set(self._workers) - set(partition.machines):
             await self._workers.pop(number).link.close()
         self._direct = {
@@ -244,7 +239,7 @@ class Generation:
                 )
             )
         )
-        await _answer(worker.link, Opened)
+        await answer(worker.link, Opened)
 
     # Running
 
@@ -283,7 +278,7 @@ class Generation:
             said = await post.pump(number)
             header, payload = said or (None, memoryview(b""))
             if not isinstance(header, Closed):
-                raise _unexpected(worker.link, header, Closed)
+                raise unexpected(worker.link, header, Closed)
             worker.closed, worker.intervals = header, messages.unpack_intervals(payload)
         except SplitwiseError as error:
             post.fail(error)
@@ -307,7 +302,7 @@ class Generation:
                 raise BrokenInvariant(f"{worker.name} closed without an account")
             said = worker.closed
             crossings += [Crossings(c.after, c.kind, c.src, c.dst, c.count, c.payload_bytes) for c in said.crossed]
-            emulated = worker.welcome.emulated
+            emulated = worker.greeted.welcome.emulated
             machines.append(MachineRecord(worker.name, said.peak_memory_bytes, worker.intervals, emulated))
             frame_bytes += said.frame_bytes
         crossings.sort(key=lambda c: (c.after, c.kind, c.src, c.dst))
@@ -331,6 +326,8 @@ class Generation:
             crossings=tuple(crossings),
             frame_bytes=frame_bytes,
             machines=tuple(machines),
+            policy=self._called,
+            predicted=self.predicted,
         )
 
     async def _leave(self) -> None:
@@ -339,28 +336,3 @@ class Generation:
         links = [worker.link.close() for worker in self._workers.values()]
         await asyncio.gather(*links, return_exceptions=True)
         self._workers.clear()
-
-
-async def _answer(link: Link, kind: type[messages.H]) -> messages.H:
-    """The worker's next word, which must be of this kind. Raises what the worker says it met, or PeerError."""
-    try:
-        async with asyncio.timeout(OPENING_S):
-            frame = await link.receive()
-    except TimeoutError:
-        raise LinkDied(f"{link.peer} did not answer for {OPENING_S:g} s") from None
-    header = unpack(frame)[0] if frame is not None else None
-    if not isinstance(header, kind):
-        raise _unexpected(link, header, kind)
-    return header
-
-
-def _unexpected(link: Link, header: Header | None, wanted: type) -> SplitwiseError:
-    """The error for anything but the answer that was due; a worker's own error keeps its class if it is the user's."""
-    if header is None:
-        return LinkDied(f"{link.peer} closed the link; see its log")
-    if not isinstance(header, Failed):
-        return ProtocolError(f"{link.peer} sent {type(header).__name__}, expected {wanted.__name__}")
-    kind = getattr(errors, header.error, None)
-    if isinstance(kind, type) and issubclass(kind, UserError | PeerMismatch):
-        return kind(f"{link.peer}: {header.message}")
-    return WorkerFailed(f"{link.peer} ended the session: {header.message}")

@@ -16,7 +16,7 @@ import torch
 
 from splitwise_llm import cost
 from splitwise_llm.engine.memory import available_memory_bytes, reset_peak_memory
-from splitwise_llm.errors import MemoryTooSmall
+from splitwise_llm.errors import MemoryTooSmall, RequestError
 from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.model.share import Share
 from splitwise_llm.model.weights import Need, Resident
@@ -44,7 +44,11 @@ def need_of(partition: Partition, machine: int) -> Need:
 
 
 class Machine:
-    """One process's part of the system. `close` it, or use it as a context manager."""
+    """One process's part of the system. `close` it, or use it as a context manager.
+
+    `profile` is what this machine was measured to do, `emulate` a factor by which it is slower than that, or the
+    device whose time it takes instead.
+    """
 
     def __init__(
         self,
@@ -55,9 +59,15 @@ class Machine:
         threads: int = 1,
         memory_bytes: int | None = None,
         emulate: float | DeviceSpec | None = None,
+        profile: DeviceSpec | None = None,
     ) -> None:
+        if profile and isinstance(emulate, DeviceSpec):
+            raise RequestError(
+                f"a machine that plays {emulate.name} is priced by its figures, not by those of {profile.name}: give "
+                "a profile, or a device to emulate, or a profile and a factor"
+            )
         self.checkpoint, self.dtype, self.weights, self.threads = checkpoint, dtype, weights, threads
-        self.emulate = emulate
+        self.emulate, self.profile = emulate, profile
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._memory_limit = memory_bytes
         self._resident = Resident(checkpoint, dtype, weights, self.device)
@@ -88,6 +98,16 @@ class Machine:
         if self.emulate is None:
             return ""
         return self.emulate.name if isinstance(self.emulate, DeviceSpec) else f"{self.emulate:g}x slower"
+
+    @property
+    def figures(self) -> DeviceSpec | None:
+        """What this machine can do, before `stretch`; None where nobody has measured it."""
+        return self.emulate if isinstance(self.emulate, DeviceSpec) else self.profile
+
+    @property
+    def stretch(self) -> float:
+        """Its compute takes so many times as long as `figures` say."""
+        return self.emulate if isinstance(self.emulate, float | int) else 1.0
 
     @property
     def memory_bytes(self) -> int:

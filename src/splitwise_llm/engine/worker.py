@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import asdict
 from types import UnionType
 from typing import Any, get_args
 
@@ -34,13 +35,28 @@ from splitwise_llm.wire import messages
 from splitwise_llm.wire.codec import ElementLoss
 from splitwise_llm.wire.grpc_link import dial
 from splitwise_llm.wire.link import Link
-from splitwise_llm.wire.messages import Close, Closed, Failed, Header, Hello, Join, Open, Opened, Welcome, pack, unpack
+from splitwise_llm.wire.messages import (
+    Close,
+    Closed,
+    Failed,
+    Header,
+    Hello,
+    Join,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Welcome,
+    pack,
+    unpack,
+)
 
 log = logging.getLogger(__name__)
 GREETING_S = 10.0
 """A device that has not said who it is after this long is hung up on."""
 OPENING_S = 30.0
 """One that has not said what it wants; it decides at once, but may wait for other workers to greet it."""
+MAX_PINGS = 200
 
 
 class Worker:
@@ -79,9 +95,18 @@ class Worker:
             await self._join(link, first)
         elif isinstance(first, Hello):
             await self._greet(link, first)
-            opening = await _expect(link, Open, OPENING_S)
-            if isinstance(opening, Open):
+            opening = await self._pinged(link)
+            if opening is not None:
                 await self._open(link, opening)
+
+    async def _pinged(self, link: Link) -> Open | None:
+        """Answer pings until the device says what it wants; None when it leaves. Raises ProtocolError."""
+        for _ in range(MAX_PINGS + 1):
+            said = await _expect(link, Open | Ping, OPENING_S)
+            if not isinstance(said, Ping):
+                return said if isinstance(said, Open) else None
+            await link.send(pack(Pong(), bytes(min(said.reply_bytes, link.max_frame_bytes // 2))))
+        raise ProtocolError(f"more than {MAX_PINGS} pings; a link is measured with fewer")
 
     async def _open(self, link: Link, opening: Open) -> None:
         """One device's session. Raises SplitwiseError."""
@@ -130,6 +155,9 @@ class Worker:
                     max_frame_bytes=link.max_frame_bytes,
                     threads=machine.threads,
                     emulated=machine.emulated,
+                    figures=asdict(machine.figures) if machine.figures else None,
+                    stretch=machine.stretch,
+                    sessions=self._sessions,
                 )
             )
         )

@@ -16,7 +16,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from splitwise_llm.cost import Job, Limits, Table, World, bill, obstacle
+from splitwise_llm.cost import Job, Limits, Table, World, bill, memory_bytes, obstacle
 from splitwise_llm.cost.counts import unit_weight_bytes, units_in
 from splitwise_llm.cost.terms import Form
 from splitwise_llm.decision import Decision, WirePrecision
@@ -110,7 +110,7 @@ class Search:
 
     def _seconds(self, machine: int, part: Part, units: int, step: Step) -> float:
         rows, context = step.count, step.start + step.count
-        return self.world.hosts[machine].half_s(self.world.spec, part, units, rows, context)
+        return self.world.hosts[machine].half_s(self.world.spec, part, units, rows, context, rested=True)
 
     def _kind(self, step: int) -> int:
         return int(step == len(self.steps) - 1)
@@ -127,7 +127,7 @@ class Search:
         seconds = 0.0
         for a, b in ((src, dst),) if near else ((src, DEVICE), (DEVICE, dst)):
             v[self._start("bytes") + 2 * self.lanes.index((a, b)) + self._kind(step)] += size
-            seconds += world.hosts[a].device.message_s + world.hosts[b].device.message_s
+            seconds += world.hosts[a].message_s(size) + world.hosts[b].message_s(size)
             seconds += self.x[basis.rtt(a, b)] / 2 + size * self.x[basis.inverse(a, b)]
         return seconds
 
@@ -155,7 +155,9 @@ class Search:
                     arrival = 0.0
                     if m not in end.held:
                         arrival = self._arrival[number, end.held[0], m]
-                    seconds = self._seconds(m, part, end.counts[m], step) + self.world.hosts[m].stage_s(step.count)
+                    seconds = self._seconds(m, part, end.counts[m], step) + self.world.hosts[m].stage_s(
+                        step.count, rested=True
+                    )
                     visit = 0.0 if m == end.after else self._visit(m)
                     computed[m] = arrival + visit + self._work(v, m, number, seconds)
                 ends = [computed[m] for m in (machines if silent else held)]
@@ -187,7 +189,7 @@ class Search:
     def _step(self, half: int, end: _End | None, counts: Counts, embed: int, head: int) -> tuple[Floats, _End]:
         """What one more half adds after an end (None: after the embedding), and the new end."""
         part = Part.FFN if half % 2 else Part.ATTENTION
-        key = (half % 2, end, counts, embed, head)
+        key = (half % 2, end, counts, embed, head) if end is None else (half % 2, end, counts, -1, -1)
         if key in self._cache:
             return self._cache[key]
         v = np.zeros(self._size)
@@ -199,7 +201,7 @@ class Search:
             for number, step in enumerate(self.steps):
                 if step.is_prefill or not loops:
                     v[number] += self._visit(embed)
-                v[number] += self._work(v, embed, number, self.world.hosts[embed].stage_s(step.count))
+                v[number] += self._work(v, embed, number, self.world.hosts[embed].stage_s(step.count, rested=True))
             previous = _End(tuple(int(m == embed) for m in range(len(self.world.hosts))))
         else:
             previous = end
@@ -211,7 +213,7 @@ class Search:
             for number, step in enumerate(self.steps):
                 seconds = self._seconds(machine, part, counts[machine], step)
                 if fresh:
-                    seconds += self.world.hosts[machine].stage_s(step.count)
+                    seconds += self.world.hosts[machine].stage_s(step.count, rested=True)
                     v[number] += self._visit(machine)
                 v[number] += self._work(v, machine, number, seconds)
         for machine in following:
@@ -229,9 +231,9 @@ class Search:
         for number, step in enumerate(self.steps):
             rows = 1 if step.is_prefill else step.count
             if step.emits:
-                seconds = self.world.hosts[head].head_s(self.world.spec, rows)
+                seconds = self.world.hosts[head].head_s(self.world.spec, rows, rested=True)
                 if not serial_here:
-                    seconds += self.world.hosts[head].stage_s(step.count)
+                    seconds += self.world.hosts[head].stage_s(step.count, rested=True)
                     v[number] += self._visit(head)
                 v[number] += self._work(v, head, number, seconds)
             ids = 4.0 * rows
@@ -314,7 +316,9 @@ class Search:
                 continue
             labels, paths, all_kept, most = self._labels(embed, head)
             kept, exact = max(kept, most), exact and all_kept
-            for decision in self._decisions(labels, paths, embed, head):
+            alone = [Decision(Partition.all_on(self.world.spec, embed), *self.tools)] if embed == head else []
+            # A machine that never waits for others is faster than its labels say.
+            for decision in (*alone, *self._decisions(labels, paths, embed, head)):
                 if obstacle(self.world, decision, self.job, self.limits):
                     continue
                 value = self._value(decision)
@@ -376,10 +380,8 @@ class Search:
         """Labels that no other makes useless, and whether that is all of them."""
         columns = [self._reads(labels)]
         memory = self._memory(labels)
-        whole = self._memory_of_all()
-        tight = [m for m, host in enumerate(self.world.hosts) if whole[m] > host.device.memory_bytes]
-        if tight:
-            columns.append(memory[:, tight])
+        if self._tight:
+            columns.append(memory[:, self._tight])
         reads = np.concatenate(columns, axis=1)
         order = np.argsort(reads.sum(axis=1), kind="stable")
         kept: list[int] = []
@@ -394,37 +396,33 @@ class Search:
             chosen = np.vstack([chosen, reads[index]])
         return kept, True
 
+    @cached_property
     def _memory_of_all(self) -> Floats:
         """Bytes a machine would need for everything."""
         spec = self.world.spec
-        job_rows = self.job.prompt_tokens
-        label = np.zeros((1, self._size))
-        for machine in range(len(self.world.hosts)):
-            at = self._start("units") + 2 * machine
-            label[0, at], label[0, at + 1] = (
-                spec.num_layers * spec.num_kv_heads,
-                spec.num_layers * spec.num_ffn_shards,
-            )
-        ends = np.array([2.0 * spec.vocab_size * spec.d_model * host.dtype.num_bytes for host in self.world.hosts])
-        buffers = job_rows * (2 * spec.d_model + spec.ffn_matrices * spec.d_ff) * 4.0
-        context = spec.max_context * spec.d_model * 4.0
-        whole: Floats = self._memory(label)[0] + ends + buffers + context
-        return whole
+        return np.array(
+            [
+                memory_bytes(self.world, Partition.all_on(spec, machine), machine, self.job, *self.tools[1:])
+                for machine in range(len(self.world.hosts))
+            ]
+        )
+
+    @cached_property
+    def _tight(self) -> list[int]:
+        """Machines that cannot hold everything: their memory is a thing to be saved."""
+        hosts = enumerate(self.world.hosts)
+        return [machine for machine, host in hosts if self._memory_of_all[machine] > host.device.memory_bytes]
 
     def _decisions(
         self, labels: Floats, paths: Sequence[tuple[Counts, ...]], embed: int, head: int
     ) -> Iterator[Decision]:
         wire, chunk, draft = self.tools
-        if self.objective.only_time and len(self.steps) == 2 and not self._is_tight() and not self._waits.any():
+        if self.objective.only_time and len(self.steps) == 2 and not self._tight and not self._waits.any():
             paths = [paths[int(np.argmin(self._reads(labels)[:, 0]))]] if len(paths) else []
         for path in paths:
             owners = [tuple(m for m, number in enumerate(counts) for _ in range(number)) for counts in path]
             layers = tuple(Placement(a, f) for a, f in zip(owners[::2], owners[1::2], strict=True))
             yield Decision(Partition(layers, embed, head), wire, chunk, draft)
-
-    def _is_tight(self) -> bool:
-        whole = self._memory_of_all()
-        return any(whole[m] > host.device.memory_bytes for m, host in enumerate(self.world.hosts))
 
 
 def _crossings(end: _End | None, counts: Counts, embed: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,12 +34,17 @@ class Shape:
 
 
 def shapes(worker: int) -> tuple[Shape, ...]:
-    """Runs in turn on the device and one worker; each end on the machine of its run, or on the device."""
+    """Runs in turn on the device and one worker; each end on the machine of its run, or on the device, or, where the
+    token then still goes round in one crossing each way at most, on the worker."""
     found: dict[Shape, None] = {}
     for first, second in ((DEVICE, worker), (worker, DEVICE)):
         for runs in ((first,), (first, second), (first, second, first)):
             for embed, head in ((runs[0], runs[-1]), (DEVICE, DEVICE), (DEVICE, runs[-1]), (runs[0], DEVICE)):
                 found[Shape(runs, embed, head)] = None
+            for embed, head in product((DEVICE, worker), repeat=2):
+                way = (embed, *runs, head, embed)
+                if sum(a != b for a, b in pairwise(way)) <= 2:
+                    found[Shape(runs, embed, head)] = None
     return tuple(found)
 
 
@@ -107,6 +113,7 @@ class Family:
         self.world, self.job, self.tools, self.worker = world, job, tools, worker
         self.limits = limits or Limits()
         self.forbidden = 0
+        self._lost: dict[int, Floats] = {}
         self.parts: list[tuple[Members, Table, Floats]] = []
         for shape in shapes(worker) if len(world.hosts) > 1 else (Shape((DEVICE,), DEVICE, DEVICE),):
             for members, table, mix in self._of_shape(shape, step):
@@ -124,18 +131,14 @@ class Family:
         if not len(ends):
             return
         anchors, mix = self._anchors(ends)
-        machines = {*shape.runs, shape.embed, shape.head}
-        crosses = len(machines) > 1
+        spanning = [partition_of(shape, one, self.world) for one in anchors.tolist()]
         residual = len(shape.runs) > 1 or shape.embed != shape.runs[0] or shape.head != shape.runs[-1]
         for wire in self.tools.wires if residual else self.tools.wires[:1]:
-            for chunk in self.tools.chunks if crosses else self.tools.chunks[:1]:
+            for chunk in self.tools.chunks:
                 if chunk is not None and chunk >= self.job.prompt_tokens:
                     continue
                 for draft in self.tools.drafts:
-                    bills = [
-                        bill(self.world, Decision(partition_of(shape, e, self.world), wire, chunk, draft), self.job)
-                        for e in anchors.tolist()
-                    ]
+                    bills = [bill(self.world, Decision(one, wire, chunk, draft), self.job) for one in spanning]
                     fits = self._fits(np.array([one.memory_bytes for one in bills]), mix)
                     self.forbidden += int((~fits).sum())
                     if fits.any():
@@ -171,20 +174,17 @@ class Family:
         """Members whose bills span all others, and the mix of anchors that makes each member: (members, anchors)."""
         coordinates = np.concatenate([_halves(ends).reshape(len(ends), -1), np.ones((len(ends), 1))], axis=1)
         chosen: list[int] = []
-        rank = 0
+        rank, full = 0, np.linalg.matrix_rank(coordinates)
         # Far apart first: mixing then never magnifies rounding.
         order = np.argsort(-np.abs(coordinates - coordinates.mean(axis=0)).sum(axis=1), kind="stable")
         for index in order.tolist():
             if np.linalg.matrix_rank(coordinates[[*chosen, index]]) > rank:
                 chosen.append(index)
                 rank += 1
-                if rank == min(coordinates.shape):
-                    break
-            if rank >= np.linalg.matrix_rank(coordinates):
+            if rank >= full:
                 break
         anchors = coordinates[chosen]
-        mix, *_ = np.linalg.lstsq(anchors.T, coordinates.T, rcond=None)
-        return ends[chosen], mix.T.copy()
+        return ends[chosen], coordinates @ np.linalg.pinv(anchors)
 
     def _fits(self, memory: Floats, mix: Floats) -> NDArray[np.bool_]:
         limits = np.array([host.device.memory_bytes for host in self.world.hosts])
@@ -194,7 +194,9 @@ class Family:
     def prices(self, part: int, conditions: Floats) -> Prices:
         """The figures of one part's members under one set of conditions."""
         members, table, mix = self.parts[part]
-        return replace(table.mixed(mix, conditions), nats=self._nats(members))
+        if part not in self._lost:
+            self._lost[part] = self._nats(members)
+        return replace(table.mixed(mix, conditions), nats=self._lost[part])
 
     def _nats(self, members: Members) -> Floats:
         """Loss of each member: by weights, cumulated over the halves of its runs, and by what crosses where."""

@@ -61,7 +61,7 @@ class DriftPlusPenalty:
     """(4,) or (systems, 1, 4)"""
     virtual: Floats = field(default_factory=lambda: np.zeros(4))
     budgets: Budgets = field(default_factory=Budgets)
-    tokens: float = 128.0
+    tokens: Floats | float = 128.0
     """Of the request, for the accuracy budget."""
 
     @property

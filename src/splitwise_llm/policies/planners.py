@@ -13,16 +13,17 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from splitwise_llm.cost import Floor, Job, Limits, Table, World, bill, obstacle
+from splitwise_llm.cost import Floor, Host, Job, Limits, Table, World, bill, obstacle
 from splitwise_llm.cost.terms import Form
 from splitwise_llm.decision import Decision
 from splitwise_llm.errors import PartitionError, RequestError
 from splitwise_llm.lyapunov import Budgets, Penalty, nominal_weights
-from splitwise_llm.observation import Observation, Tools
+from splitwise_llm.observation import Observation, Tools, usable_bytes
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
-from splitwise_llm.policies.solver import Solver, nothing_admissible
+from splitwise_llm.policies.solver import Solver
+from splitwise_llm.spec import DeviceSpec, LinkSpec
 
 Floats = NDArray[np.float64]
 
@@ -79,6 +80,14 @@ def _cuts(world: World, limits: Limits) -> Iterable[Partition]:
         yield _cut(world, at, limits.floor, worker)
 
 
+def _from_source(world: World, limits: Limits) -> Iterable[Partition]:
+    """Every cut that keeps the first layer on the device."""
+    last = limits.floor.last_layers if limits.floor else 0
+    yield from _edge(world, limits)
+    for worker, at in product(range(1, len(world.hosts)), range(1, world.spec.num_layers - last)):
+        yield _cut(world, at, limits.floor, worker)
+
+
 def _proportional(world: World, limits: Limits, shares: Sequence[float]) -> Iterable[Partition]:
     """Consecutive layers in proportion to the machines' shares, in machine order."""
     spec, floor = world.spec, limits.floor
@@ -113,15 +122,19 @@ class Planner:
     """None: all that the exact solver knows."""
     when: When
     pressure: Pressure = Pressure.NONE
+    by_rule: bool = False
+    """Whether its partitions ask for no figures but memory: it also answers where nothing was measured."""
 
-    def decide(self, observation: Observation) -> Decision:
-        """The smallest objective among what this planner considers. Raises RequestError that says what forbids
-        everything, or that nothing is known of the machines."""
+    def decide(self, observation: Observation, solver: Solver | None = None) -> Decision:
+        """The smallest objective among what this planner considers. `solver`, if there is one, is of this observation's
+        world, job, tools and limits. Raises RequestError that says what forbids everything, or that nothing is known
+        of the machines."""
         world = observation.nominal or observation.world if self.when is When.BEFORE else observation.world
         if world is None:
-            raise RequestError(
-                f"{self.name} plans by prices, and these machines are not profiled: give --edge, --cloud or a profile"
-            )
+            if not self.by_rule:
+                raise RequestError(observation.unpriced(self.name))
+            world = _unmeasured(observation)
+            return self._admissible(world, observation.job, observation.tools, observation.limits)[0]
         loads = None if self.when is When.BEFORE else observation.loads
         conditions = world.conditions(loads)
         job, tools, limits = observation.job, observation.tools, observation.limits
@@ -129,28 +142,39 @@ class Planner:
             world, job, tools, limits, observation.queues, observation.virtual, observation.arrivals_per_s
         )
         if self.partitions is None:
-            return Solver(world, job, tools, limits).solve(conditions, objective).best.decision
+            solver = solver or Solver(world, job, tools, limits)
+            return solver.solve(conditions, objective).best.decision
         return self._among(world, job, tools, limits, conditions, objective)
 
     def _among(
         self, world: World, job: Job, tools: Tools, limits: Limits, conditions: Form, objective: Objective
     ) -> Decision:
-        ways = self.decisions(world, job, tools, limits)
-        if not ways:
-            raise RequestError(f"{self.name}: {nothing_admissible(world, job, limits)}")
+        ways = self._admissible(world, job, tools, limits)
         prices = Table(world, [bill(world, way, job) for way in ways]).at(conditions)
         return ways[int(np.argmin(objective.value(prices)))]
+
+    def _admissible(self, world: World, job: Job, tools: Tools, limits: Limits) -> list[Decision]:
+        """At least one decision. Raises RequestError that says what forbids everything this planner considers, which
+        need not be all there is."""
+        ways = self.decisions(world, job, tools, limits)
+        if not ways:
+            considered = [Decision(partition, tools.wires[0]) for partition in self._existing(world, limits)]
+            reasons = list(dict.fromkeys(obstacle(world, way, job, limits) or "allowed" for way in considered))
+            said = "; ".join(reasons[:4]) or "these machines and this floor leave it nothing to consider"
+            raise RequestError(f"{self.name} ({self.says}) finds nothing admissible: {said}")
+        return ways
+
+    def _existing(self, world: World, limits: Limits) -> Iterable[Partition]:
+        return _those_that_exist(self.partitions, world, limits) if self.partitions else ()
 
     def decisions(self, world: World, job: Job, tools: Tools, limits: Limits) -> list[Decision]:
         """Every admissible way of driving what this planner considers; only for rows with their own partitions."""
         if self.partitions is None:
             raise RequestError(f"{self.name} considers everything; ask the solver")
         found: dict[Decision, None] = {}
-        for partition in _those_that_exist(self.partitions, world, limits):
-            alone = len(partition.machines) == 1
-            wires = tools.wires[:1] if alone else tools.wires
-            chunks = tools.chunks[:1] if alone else tools.chunks
-            for wire, chunk, draft in product(wires, chunks, tools.drafts):
+        for partition in self._existing(world, limits):
+            wires = tools.wires if len(partition.machines) > 1 else tools.wires[:1]
+            for wire, chunk, draft in product(wires, tools.chunks, tools.drafts):
                 decision = Decision(partition, wire, chunk, draft)
                 if (chunk is None or chunk < job.prompt_tokens) and obstacle(world, decision, job, limits) is None:
                     found[decision] = None
@@ -177,6 +201,16 @@ class Planner:
         )
 
 
+def _unmeasured(observation: Observation) -> World:
+    """Machines of which nothing but the memory is known; speeds and links stand for nothing and price nothing."""
+    hosts = tuple(
+        Host(DeviceSpec(view.name, 1e9, 1e9, usable_bytes(view.memory_bytes)), view.dtype, view.weights)
+        for view in observation.machines
+    )
+    links = {(DEVICE, worker): LinkSpec(0.0, 1e9, 1e9) for worker in range(1, len(hosts))}
+    return World(observation.model, hosts, links)
+
+
 def _those_that_exist(partitions: Partitions, world: World, limits: Limits) -> Iterable[Partition]:
     """Partitions of a rule; none where the rule has no meaning for this floor."""
     try:
@@ -198,8 +232,8 @@ def typical(
     for rule in (_either, _cuts):
         ways = [Decision(partition, tools.wires[0]) for partition in _those_that_exist(rule, world, limits)]
         pure = pure or [way for way in ways if obstacle(world, way, job, limits) is None]
-    if not pure:
-        raise RequestError(nothing_admissible(world, job, limits))
+    if not pure:  # only three machines or more hold it
+        pure = [Solver(world, job, tools, limits).solve(world.conditions(), Latency()).best.decision]
     prices = Table(world, [bill(world, decision, job) for decision in pure]).at(world.conditions())
     penalty = Penalty(t_ref_s=float(prices.service_s.min()), e_ref_j=max(float(prices.device_j.min()), 1e-9))
     work = np.stack([prices.work.device_s, prices.work.up_s, prices.work.down_s, prices.work.cloud_s], axis=-1)
@@ -210,10 +244,11 @@ def typical(
 
 
 PLANNERS: tuple[Planner, ...] = (
-    Planner("edge-only", "everything on the device", _edge, When.REQUEST),
-    Planner("cloud-only", "everything on a worker, or all that the floor allows", _cloud, When.REQUEST),
-    Planner("even-split", "as many layers on each machine", _even, When.BEFORE),
-    Planner("memory-proportional", "layers in proportion to memory, as llama.cpp and exo do", _by_memory, When.BEFORE),
+    Planner("edge-only", "everything on the device", _edge, When.REQUEST, by_rule=True),
+    Planner("cloud-only", "everything on a worker, or all that the floor allows", _cloud, When.REQUEST, by_rule=True),
+    Planner("even-split", "as many layers on each machine", _even, When.BEFORE, by_rule=True),
+    Planner("memory-proportional", "layers in proportion to memory, as llama.cpp and exo do",
+            _by_memory, When.BEFORE, by_rule=True),
     Planner("best-static", "the best plan for the expected conditions, never changed", None, When.BEFORE),
     Planner("neurosurgeon", "the best single cut between layers, now", _cuts, When.REQUEST),
     Planner("router", "device or cloud for each request, whichever ends first", _either, When.REQUEST),
@@ -223,3 +258,8 @@ PLANNERS: tuple[Planner, ...] = (
     Planner("drift", "drift plus penalty that prices the shared cloud, too, at every epoch",
             None, When.EPOCH, Pressure.ALL),
 )  # fmt: skip
+
+EDGESHARD_REPLANNED = Planner(
+    "edgeshard-replanned", "EdgeShard's latency program on two machines, for each request", _from_source, When.REQUEST
+)
+"""What `pipelines.EdgeShard(current=True)` comes to where there is one worker: the best cut behind the first layer."""

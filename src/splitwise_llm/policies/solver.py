@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
 
-from splitwise_llm.cost import Job, Limits, World, obstacle
+from splitwise_llm.cost import Job, Limits, Table, World, bill, obstacle
 from splitwise_llm.cost.counts import units_in
 from splitwise_llm.cost.terms import Form
 from splitwise_llm.decision import Decision, WirePrecision
@@ -21,9 +22,12 @@ from splitwise_llm.partition import Part, Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.policies.assignments import Search
 from splitwise_llm.policies.family import Family
-from splitwise_llm.policies.objective import Objective
+from splitwise_llm.policies.objective import Latency, Objective
 
 Floats = NDArray[np.float64]
+SMALL = 1500
+"""Ways for halves to follow one another, times halves, up to which every assignment is searched, whatever it can
+bring: a second at most, for any objective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +46,20 @@ class Solution:
     runner_up: Choice | None
     considered: int
     shared_considered: bool
-    """Whether divided halves could pay here, so that they were searched, too."""
+    """Whether divided halves were searched, too: they can pay here, or the model is small."""
     exact: bool
+    """Whether every assignment was considered. If not, then every cut and U-shape was, and every other plan makes
+    more crossings, or divides a half beside one, which saves less than `min(e, c)^2 / (e + c)` each time."""
 
 
 class Solver:
     """The families of one world, job, tools and limits, to be asked under many conditions and objectives."""
 
-    def __init__(self, world: World, job: Job, tools: Tools, limits: Limits) -> None:
+    def __init__(self, world: World, job: Job, tools: Tools, limits: Limits, step: int = 1) -> None:
+        """`step` 2 leaves out cuts inside layers, for a third of the time."""
         self.world, self.job, self.tools, self.limits = world, job, tools, limits
         workers = range(1, len(world.hosts)) or (DEVICE,)
-        self.families = [Family(world, job, tools, worker, limits) for worker in workers]
+        self.families = [Family(world, job, tools, worker, limits, step) for worker in workers]
 
     def __len__(self) -> int:
         return sum(len(family) for family in self.families)
@@ -60,28 +67,70 @@ class Solver:
     def solve(self, conditions: Form, objective: Objective) -> Solution:
         """The best decision under these conditions. Raises RequestError that says what forbids everything."""
         best_of: dict[Partition, Choice] = {}
-        for family in self.families:
-            for part, (members, _, _) in enumerate(family.parts):
-                values = objective.value(family.prices(part, conditions))
-                # The two best partitions of a part are among its two best members.
-                for number in np.argsort(values, kind="stable")[:2].tolist():
-                    choice = Choice(members.decision(number, self.world), float(values[number]))
-                    _offer(best_of, choice)
-        sharing = list(self._sharing(conditions))
-        exact = True
-        if sharing or len(self.world.hosts) > 2:
-            for wire, chunk, draft in self._tools():
-                search = Search(
-                    self.world, self.job, conditions, objective, self.limits, wire, chunk, draft, share=bool(sharing)
-                )
-                found = search.best()
-                if found:
-                    exact = exact and found.exact
-                    _offer(best_of, Choice(found.decision, found.value))
+        for choice in self.cuts(conditions, objective):
+            _offer(best_of, choice)
+        workers = len(self.world.hosts) - 1
+        share = bool(workers) and (self._is_small or any(self._sharing(conditions)))
+        exact = share or not workers
+        if share or workers > 1:
+            for decision, proven in self._searched(conditions, objective, share):
+                exact = exact and proven
+                if decision is not None:
+                    prices = Table(self.world, [bill(self.world, decision, self.job)]).at(conditions)
+                    _offer(best_of, Choice(decision, float(objective.value(prices)[0])))
         if not best_of:
             raise RequestError(nothing_admissible(self.world, self.job, self.limits))
         first, *others = sorted(best_of.values(), key=lambda choice: choice.value)
-        return Solution(first, others[0] if others else None, len(self), bool(sharing), exact)
+        return Solution(first, others[0] if others else None, len(self), share, exact)
+
+    def cuts(self, conditions: Form, objective: Objective) -> Iterator[Choice]:
+        """The best cuts and U-shapes, best first, until there are two partitions among them; none where memory or a
+        limit forbids all."""
+        found: list[tuple[float, int, int, int]] = []
+        for at, family in enumerate(self.families):
+            for part in range(len(family.parts)):
+                values = objective.value(family.prices(part, conditions))
+                # The two best partitions of a part are among its two best members.
+                best = np.argsort(values, kind="stable")[:2]
+                found += [(float(values[number]), at, part, number) for number in best.tolist()]
+        partitions: set[Partition] = set()
+        for value, at, part, number in sorted(found):
+            decision = self.families[at].decision(part, number)
+            yield Choice(decision, value)
+            partitions.add(decision.partition)
+            if len(partitions) > 1:
+                return
+
+    @property
+    def _is_small(self) -> bool:
+        """Whether a search over every assignment takes no longer than a few cuts."""
+        spec, machines = self.world.spec, len(self.world.hosts)
+        divisions = [comb(units_in(spec, part) + machines - 1, machines - 1) for part in Part]
+        return machines**2 * (2 * spec.num_layers) ** 2 * divisions[0] * divisions[1] <= SMALL
+
+    def _searched(self, conditions: Form, objective: Objective, share: bool) -> Iterator[tuple[Decision | None, bool]]:
+        """The best assignments, and whether they are proven to be.
+
+        For a large model only the fastest assignments in one chunk are searched; they are then driven in every way.
+        """
+        found: dict[Partition, None] = {}
+        for wire, chunk, draft in self._tools():
+            hard = not self._is_small and not (objective.only_time and chunk is None)
+            if hard and (chunk is not None or draft != self.tools.drafts[0]):
+                continue
+            sought = Latency() if hard else objective
+            search = Search(self.world, self.job, conditions, sought, self.limits, wire, chunk, draft, share=share)
+            result = search.best()
+            if result:
+                found[result.decision.partition] = None
+            yield (result.decision, result.exact and not hard) if result else (None, True)
+        if not self._is_small:
+            some_left = not objective.only_time or self.tools.chunks != (None,)
+            for partition in found:
+                for tools in self._tools():
+                    decision = Decision(partition, *tools)
+                    if obstacle(self.world, decision, self.job, self.limits) is None:
+                        yield decision, not some_left
 
     def _tools(self) -> Iterator[tuple[WirePrecision, int | None, int]]:
         for wire in self.tools.wires:

@@ -16,13 +16,17 @@ from splitwise_llm.errors import BrokenInvariant, ProtocolError
 from splitwise_llm.plan import Kind
 from splitwise_llm.records import Interval
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _LENGTH = struct.Struct("<I")
 _INTERVAL = struct.Struct("<iidd")
 _MAX_HEADER_BYTES = 1 << 20
+MAX_PING_BYTES = 16 << 20
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 MachineNumber = Annotated[int, msgspec.Meta(ge=0, lt=256)]
+_Word = Annotated[str, msgspec.Meta(max_length=200)]
+Figures = Annotated[dict[_Word, float | int | _Word | None], msgspec.Meta(max_length=64)]
+"""A `DeviceSpec`, field by field; whoever takes one in checks it as such."""
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,6 +52,12 @@ class Welcome(_Header, frozen=True, tag="welcome"):
     threads: int
     emulated: str
     """What `--emulate` was given, empty for a machine that plays itself."""
+    figures: Figures | None = None
+    """What it can do; None where nobody has measured it."""
+    stretch: Annotated[float, msgspec.Meta(ge=1.0, le=1e6)] = 1.0
+    """Its compute takes so many times as long as `figures` say."""
+    sessions: Count = 0
+    """Open with other devices."""
 
 
 class Open(_Header, frozen=True, tag="open"):
@@ -79,6 +89,16 @@ class Opened(_Header, frozen=True, tag="opened"):
     """Worker to device: the slices are resident."""
 
     load_s: float
+
+
+class Ping(_Header, frozen=True, tag="ping"):
+    """Device to worker, after the greeting: answer at once. The payload is any; a link is measured with it."""
+
+    reply_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_PING_BYTES)]
+
+
+class Pong(_Header, frozen=True, tag="pong"):
+    """Worker to device: the answer, with a payload of as many bytes as were asked for."""
 
 
 class Join(_Header, frozen=True, tag="join"):
@@ -135,7 +155,7 @@ class Failed(_Header, frozen=True, tag="failed"):
 
 
 H = TypeVar("H", bound=_Header)
-Header = Hello | Welcome | Open | Opened | Join | Data | Close | Closed | Failed
+Header = Hello | Welcome | Open | Opened | Ping | Pong | Join | Data | Close | Closed | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Header] = msgspec.msgpack.Decoder(Header)

@@ -1,0 +1,370 @@
+"""The grid of scenarios: every case under every policy on paired traces, cell by cell, and what must come out.
+
+Cells are kept in a folder as they are done, so a long run can be stopped and gone on with.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from splitwise_llm.bench.cells import (
+    HINDSIGHT,
+    TOOLS,
+    WITH_TOOLS,
+    Setting,
+    Size,
+    by_trace,
+    cell,
+    decision_ms_p99,
+    idle_question,
+    ratio,
+)
+from splitwise_llm.bench.clairvoyant import clairvoyant_bound
+from splitwise_llm.bench.figures import Figures
+from splitwise_llm.bench.peers_lan import peer_cells
+from splitwise_llm.errors import RequestError, SpecError
+from splitwise_llm.observation import PLAIN, Tools
+from splitwise_llm.page import Ablation, MemoryRow, Scaling
+from splitwise_llm.page import Setting as PageSetting
+from splitwise_llm.policies.choosers import TableChooser
+from splitwise_llm.policies.planners import PLANNERS, When
+from splitwise_llm.records import Cell, Estimate
+from splitwise_llm.sim.episode import simulate
+from splitwise_llm.sim.scenarios import SCENARIOS, Case, Recordings, Scenario
+from splitwise_llm.traces import read_rtt, read_trace
+from splitwise_llm.workload import RequestTrace, read_requests
+
+Tell = Callable[[str], None]
+
+RIVALS = (
+    "cloud-only", "edge-only", "even-split", "memory-proportional", "best-static", "neurosurgeon",
+    "edgeshard-latency", "edgeshard-exact", "edgeshard-throughput", "edgeshard-replanned", "router", "exact",
+    "drift-selfish", "drift",
+)  # fmt: skip
+"""Every one is run with and without the shared tools."""
+FEW = (
+    "cloud-only", "edge-only", "even-split", "best-static", "neurosurgeon", "edgeshard-latency", "router",
+    "drift-selfish", "drift",
+)  # fmt: skip
+ABLATION = (
+    ("static layer plan", "edgeshard-latency", PLAIN, False),
+    ("+ planned anew per request", "drift", PLAIN, False),
+    ("+ moves in mid-request", "drift", PLAIN, True),
+    ("+ int8 wire", "drift", Tools(TOOLS.wires), True),
+    ("+ prefill chunks", "drift", Tools(TOOLS.wires, TOOLS.chunks), True),
+    ("+ drafting", "drift", TOOLS, True),
+)
+"""What a factor over the static layer plan is made of, one thing after the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What to run."""
+
+    quick: bool = False
+    scenarios: tuple[str, ...] = ()
+    """Empty: all."""
+    size: Size = Size(24, 60, 20)  # noqa: RUF009 - frozen
+    traces: Path | None = None
+    requests: Path | None = None
+    seed: int = 0
+    keep: Path | None = None
+    """A folder for cells; those that are there already are not run again."""
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        names = FEW if self.quick else RIVALS
+        return tuple(name + tools for tools in ("", WITH_TOOLS) for name in names)
+
+    def cases(self, scenario: Scenario) -> tuple[Case, ...]:
+        """All, or where it is quick the first (of rush-hour the one near capacity)."""
+        if not self.quick:
+            return scenario.cases
+        if scenario.name == "rush-hour":
+            return tuple(case for case in scenario.cases if case.name.endswith("0.15-live"))
+        if scenario.name == "long-prompt":
+            return scenario.cases[:1]
+        return scenario.cases[:1] if scenario.num_devices > 1 else scenario.cases[:2]
+
+    def size_of(self, scenario: Scenario) -> Size:
+        """Worlds of many devices are fewer, and shorter for each device."""
+        if scenario.num_devices == 1:
+            return self.size
+        devices = scenario.num_devices
+        share = max(12, math.ceil(self.size.traces * self.size.requests / devices / 4))
+        return Size(4, share, max(6, share // 3))
+
+
+@dataclass(slots=True)
+class Results:
+    """Everything the report is made from."""
+
+    cells: list[Cell]
+    ablations: list[Ablation]
+    memory: list[MemoryRow]
+    scalings: list[Scaling]
+    skipped: list[str]
+
+
+def run_grid(grid: Grid, tell: Tell) -> Results:
+    """Run what is not kept yet. Raises SpecError for unknown scenarios."""
+    known = {scenario.name: scenario for scenario in SCENARIOS}
+    for name in grid.scenarios:
+        if name not in known:
+            raise SpecError(f"unknown scenario {name!r}; the scenarios are {', '.join(known)}")
+    results = Results([], [], [], [], [])
+    for scenario in SCENARIOS:
+        if grid.scenarios and scenario.name not in grid.scenarios:
+            continue
+        if scenario.name == "peer-lan":
+            results.cells += _kept(grid, scenario.name, "all", peer_cells, tell)
+            continue
+        for setting in _settings(grid, scenario, results, tell):
+            _run_case(grid, setting, results, tell)
+    results.scalings = scalings(results.cells)
+    return results
+
+
+def _settings(grid: Grid, scenario: Scenario, results: Results, tell: Tell) -> Iterator[Setting]:
+    for case in grid.cases(scenario):
+        size = grid.size_of(scenario)
+        if not scenario.is_recorded:
+            yield Setting(scenario, case, size, first_trace=grid.seed * 1000)
+        elif grid.traces is None or grid.requests is None:
+            results.skipped.append(f"{scenario.name}: no recordings were given (--traces DIR --requests FILE)")
+            return
+        else:
+            for name, recordings in recorded(grid.traces, grid.requests, 2 if grid.quick else 8):
+                labelled = replace(case, label=name)
+                yield Setting(scenario, labelled, size, recordings, first_trace=grid.seed * 1000)
+
+
+def _run_case(grid: Grid, setting: Setting, results: Results, tell: Tell) -> None:
+    where = f"{setting.scenario.name}.{setting.name}"
+    try:
+        done = _kept(grid, where, "cells", lambda: _cells(grid, setting, tell), tell)
+    except RequestError as error:
+        results.skipped.append(f"{where}: {error}")
+        return
+    results.cells += done
+    if setting.scenario.floor and setting.scenario.num_devices == 1:
+        file = grid.keep / f"{where}.ablation.json" if grid.keep else None
+        if file and file.exists():
+            results.ablations.append(_ablation_from(json.loads(file.read_text())))
+        else:
+            made = ablation(setting)
+            if file:
+                steps = [[name, one.value, one.low, one.high] for name, one in made.steps]
+                file.write_text(json.dumps({"scenario": made.scenario, "case": made.case, "steps": steps}))
+            results.ablations.append(made)
+    results.memory += [row for row in memory_rows(setting) if row not in results.memory]
+
+
+def _ablation_from(data: dict[str, object]) -> Ablation:
+    steps = data["steps"]
+    assert isinstance(steps, list)
+    return Ablation(str(data["scenario"]), str(data["case"]), tuple((name, Estimate(*rest)) for name, *rest in steps))
+
+
+def _kept(grid: Grid, where: str, what: str, make: Callable[[], list[Cell]], tell: Tell) -> list[Cell]:
+    """Cells from the folder, or made and put there."""
+    file = grid.keep / f"{where}.{what}.json" if grid.keep else None
+    if file and file.exists():
+        tell(f"{where}: kept")
+        return [cell_from(data) for data in json.loads(file.read_text())]
+    tell(where)
+    cells = make()
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([one.to_dict() for one in cells]))
+    return cells
+
+
+def cell_from(data: dict[str, object]) -> Cell:
+    """The inverse of `Cell.to_dict`."""
+    plain = dict(data)
+    figures = plain.pop("metrics")
+    queues = plain.pop("queues_s")
+    assert isinstance(figures, dict)
+    assert isinstance(queues, dict)
+    for name in ("latencies_s", "queue_times_s"):
+        values = plain[name]
+        assert isinstance(values, list)
+        plain[name] = tuple(values)
+    return Cell(
+        metrics={name: Estimate(**one) for name, one in figures.items()},
+        queues_s={name: tuple(values) for name, values in queues.items()},
+        **plain,  # type: ignore[arg-type]
+    )
+
+
+def _cells(grid: Grid, setting: Setting, tell: Tell) -> list[Cell]:
+    """Every policy that has a plan here; figures relative to others are paired by trace."""
+    names = []
+    for policy in grid.policies:
+        try:
+            if not policy.startswith(HINDSIGHT):
+                setting.chooser(policy)
+            names.append(policy)
+        except RequestError as error:
+            tell(f"  {policy} does not apply: {str(error)[:160]}")
+    means = {name: by_trace(setting.run(name), setting.run(name).total_s) for name in names}
+    clairvoyant = _clairvoyant(setting)
+    cells = []
+    for name in names:
+        extra: dict[str, Estimate] = {}
+        static = HINDSIGHT + (WITH_TOOLS if name.endswith(WITH_TOOLS) else "")
+        if static in means:
+            extra["factor_over_static"] = ratio(means[static], means[name])
+        if clairvoyant is not None:
+            regret = ratio(means[name], clairvoyant)
+            extra["regret_clairvoyant"] = Estimate(regret.value - 1, regret.low - 1, regret.high - 1)
+        if not name.startswith(HINDSIGHT):
+            value = decision_ms_p99(setting, name)
+            extra["decision_ms_p99"] = Estimate(value, value, value)
+        cells.append(cell(setting, name, extra))
+    best = np.stack([means[name] for name in names]).argmin(axis=0)
+    return [replace(one, wins=int((best == number).sum())) for number, one in enumerate(cells)]
+
+
+def _clairvoyant(setting: Setting) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None:
+    """Mean latency per trace that nobody can beat, with all tools; None where it is not known."""
+    if setting.params.is_shared:
+        return None
+    bound = clairvoyant_bound(setting.params, setting.traces)
+    return by_trace(setting.run("cloud-only"), bound)
+
+
+def ablation(setting: Setting) -> Ablation:
+    """Factors over the static layer plan in mean latency, tools and freedoms added one after the other."""
+    means = []
+    for _, name, tools, moves in ABLATION:
+        if name == "drift":
+            planner = next(row for row in PLANNERS if row.name == name)
+            row = planner if moves else replace(planner, when=When.REQUEST)
+            chooser = TableChooser(row, tools, setting.limits, arrivals_per_s=setting.case.per_s)
+            records = simulate(setting.params, setting.traces, chooser)
+        else:
+            records = setting.run(name)
+        means.append(by_trace(records, records.total_s))
+    steps = tuple((row[0], ratio(means[0], mean)) for row, mean in zip(ABLATION, means, strict=True))
+    return Ablation(setting.scenario.name, setting.name, steps)
+
+
+def memory_rows(setting: Setting) -> list[MemoryRow]:
+    """What some policies' plans for the expected conditions hold, on the device and in the cloud."""
+    table = setting.tables[0]
+    device = table.world.hosts[0].device
+    rows = []
+    for name in ("edge-only", "cloud-only", "even-split", "edgeshard-latency"):
+        try:
+            number = int(setting.chooser(name).choose(idle_question(table))[0])
+        except RequestError:
+            continue
+        mine, cloud = table.bills[number].memory_bytes
+        fits = mine <= device.memory_bytes
+        rows.append(MemoryRow(setting.case.model, device.name, name, mine, cloud, fits, device.memory_bytes))
+    return rows
+
+
+def scalings(cells: Sequence[Cell]) -> list[Scaling]:
+    """Speed-up over cloud-only as load grows (rush-hour), as devices change, and as models grow."""
+    by_case: dict[tuple[str, str], dict[str, Cell]] = {}
+    for one in cells:
+        by_case.setdefault((one.scenario, one.case), {})[one.policy] = one
+    shown = ("edge-only", "router", "drift-selfish", "drift", "drift" + WITH_TOOLS)
+    result = []
+    for what, label, scenario, names in (
+        ("120 devices on one A100, as they ask more often", "requests per second and device", "rush-hour",
+         ("orin-7b-0.08-live", "orin-7b-0.12-live", "orin-7b-0.15-live", "orin-7b-0.2-live")),
+        ("devices", "device with 7B", "flaky-wan", ("orin-7b", "s23-7b", "pi5-7b")),
+        ("models", "model on Orin NX", "flaky-wan", ("orin-gpt2xl", "orin-7b")),
+    ):  # fmt: skip
+        there = [name for name in names if (scenario, name) in by_case]
+        if len(there) < 2:
+            continue
+        series = {policy: tuple(_speed_up(by_case[scenario, name], policy) for name in there) for policy in shown}
+        result.append(Scaling(what, label, tuple(there), series, f"scenario {scenario}"))
+    return result
+
+
+def _speed_up(cells: dict[str, Cell], policy: str) -> Estimate:
+    base, mine = cells.get("cloud-only"), cells.get(policy)
+    if not base or not mine:
+        return Estimate(math.nan, math.nan, math.nan)
+    above, below = base.metrics["mean_s"], mine.metrics["mean_s"]
+    return Estimate(above.value / below.value, above.low / below.high, above.high / max(below.low, 1e-9))
+
+
+def recorded(traces: Path, requests: Path, most: int) -> Iterator[tuple[str, Recordings]]:
+    """Recordings by a short name: of a folder with `manifest.csv` the uplinks it recommends, each with the first RTT
+    log it recommends; of another folder, files whose names begin with up, down and rtt.
+
+    Requests are thinned to about one in half a minute. Raises SpecError.
+    """
+    asked = read_requests(requests)
+    thinned = asked.thin(max(1, round(30 * asked.mean_per_s)))
+    manifest = traces / "manifest.csv"
+    if manifest.exists():
+        yield from _of_manifest(traces, manifest, thinned, most)
+        return
+    ups = sorted(traces.glob("up*"))
+    if not ups:
+        raise SpecError(
+            f"{traces} has neither manifest.csv nor a file that begins with 'up'; put an uplink trace there"
+        )
+    rtts, downs = sorted(traces.glob("rtt*")), sorted(traces.glob("down*"))
+    rtt = read_rtt(rtts[0], gaps="cut") if rtts else None
+    down = read_trace(downs[0], "down", gaps="cut") if downs else None
+    for up in ups[:most]:
+        yield up.name.split(".")[0], Recordings(thinned, read_trace(up, "up", gaps="cut"), down, rtt)
+
+
+def _of_manifest(folder: Path, manifest: Path, requests: RequestTrace, most: int) -> Iterator[tuple[str, Recordings]]:
+    """Each recommended uplink with a recommended RTT log, in turn; links without a downlink of their own use the
+    uplink's rates both ways."""
+    with manifest.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("core") == "1"]
+    ups = [folder.parent / row["file"] for row in rows if row["direction"] == "up"]
+    rtts = []
+    for row in rows:
+        if row["direction"] not in ("up", "down"):
+            with suppress(SpecError):  # probes against idle time are no series
+                rtts.append(read_rtt(folder.parent / row["file"], gaps="cut"))
+    if not ups or not rtts:
+        raise SpecError(f"{manifest} recommends {len(ups)} uplinks and {len(rtts)} RTT logs; one of each is needed")
+    step = max(1, len(ups) // most)
+    for number, up in enumerate(ups[::step][:most]):
+        rtt = rtts[number * step % len(rtts)]
+        yield up.name.split(".")[0][:32], Recordings(requests, read_trace(up, "up", gaps="cut"), None, rtt)
+
+
+def figures_of(cells: Sequence[Cell], settings: dict[str, object]) -> Figures:
+    """`<scenario>.<case>/<policy>/<metric>`, each with `_lo` and `_hi`."""
+    result = Figures("scenarios", settings)
+    for one in cells:
+        for metric, estimate in one.metrics.items():
+            name = f"{one.scenario}.{one.case}/{one.policy}/{metric}"
+            result.add(name, estimate.value)
+            result.add(f"{name}_lo", estimate.low)
+            result.add(f"{name}_hi", estimate.high)
+    return result
+
+
+def page_settings() -> tuple[PageSetting, ...]:
+    """The rows of the table of scenarios, for the report."""
+    return tuple(
+        PageSetting(number, scenario.name, scenario.says, scenario.expects)
+        for number, scenario in enumerate(SCENARIOS, start=1)
+    )
+
+
+__all__ = ["Grid", "Results", "figures_of", "page_settings", "run_grid"]

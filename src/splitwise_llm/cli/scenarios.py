@@ -1,0 +1,92 @@
+"""The grid of scenarios as tables, figures and one page."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitwise_llm.cli.options import JsonFile, bench, out, tell, write_json
+
+
+@bench.command("scenarios")
+def bench_scenarios(
+    quick: Annotated[bool, typer.Option(help="A case or two of each scenario, fewer policies and traces.")] = False,
+    scenario: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
+    traces: Annotated[Path | None, typer.Option(help="Folder of recorded links, for real-traces.")] = None,
+    requests: Annotated[Path | None, typer.Option(help="Recorded requests, for real-traces.")] = None,
+    worlds: Annotated[int, typer.Option(help="Traces per cell; 0: as many as the mode has.", min=0)] = 0,
+    requests_per_trace: Annotated[int, typer.Option(help="0: as many as the mode has.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=1_000_000, help="Other traces.")] = 0,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder for finished cells; what is there is not run again.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the page there.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the cells there.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Every scenario under every policy on paired traces: latency, energy, money, queues, and what must come out."""
+    from splitwise_llm.bench.cells import Size
+    from splitwise_llm.bench.claims import OURS, claims_of
+    from splitwise_llm.bench.scenarios import Grid, figures_of, page_settings, run_grid
+    from splitwise_llm.page import Contents, Provenance, to_csv, to_html
+    from splitwise_llm.report import claims_table
+
+    for file in (html, csv, json_file):
+        if file:
+            file.open("a").close()
+    usual = Size(16, 70, 12) if quick else Size(32, 70, 20)
+    size = Size(worlds or usual.traces, requests_per_trace or usual.requests, usual.fixed_requests)
+    begin = time.monotonic()
+    results = run_grid(Grid(quick, tuple(scenario or ()), size, traces, requests, seed, keep), tell)
+    took = time.monotonic() - begin
+    claims = claims_of(results.cells)
+    out.print(claims_table([(claim.scenario, claim.text, claim.holds, claim.measured) for claim in claims]))
+    for skipped in results.skipped:
+        out.print(f"not run: {skipped}", style="yellow", markup=False)
+    settings: dict[str, object] = {
+        "quick": quick, "traces": size.traces, "requests_per_trace": size.requests, "seed": seed, "run_s": took,
+    }  # fmt: skip
+    figures = figures_of(results.cells, settings)
+    decided = [claim for claim in claims if claim.holds is not None]
+    figures.add("claims_decided", len(decided))
+    figures.add("claims_held", sum(bool(claim.holds) for claim in decided))
+    write_json(json_file, figures.to_dict())
+    if csv:
+        csv.write_text(to_csv(results.cells))
+    if html:
+        contents = Contents(
+            tuple(results.cells),
+            page_settings(),
+            tuple(claims),
+            Provenance(
+                command=shlex.join(["splitwise", *sys.argv[1:]]),
+                seed=seed,
+                traces=tuple(str(path.name) for path in (traces, requests) if path) or ("generated",),
+                version=version("splitwise-llm"),
+                date=datetime.now(UTC).date().isoformat(),
+                machine=platform.machine(),
+                cpus=os.cpu_count() or 1,
+                run_s=took,
+                remarks=(
+                    "drafting at an assumed acceptance of 0.6",
+                    "joules and prices are modelled",
+                    *results.skipped,
+                ),
+            ),
+            ours=(OURS, OURS + "+tools"),
+            ablations=tuple(results.ablations),
+            memory=tuple(results.memory),
+            scalings=tuple(results.scalings),
+        )
+        html.write_text(to_html(contents))
+    held = sum(bool(claim.holds) for claim in decided)
+    out.print(f"{len(results.cells)} cells in {took:.0f} s; {held} of {len(decided)} claims hold")

@@ -1,0 +1,305 @@
+"""How long the pieces of a model take on this machine, measured on the shares the engine computes with.
+
+Pieces are timed inside whole steps, as generation makes them: a product repeated by itself finds its weights in
+the caches, which no real step does. It does not know what the figures are for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from splitwise_llm.cost.counts import assigned_weight_bytes
+from splitwise_llm.cost.measured import HalfPoint, Measured, RowsPoint, SizePoint
+from splitwise_llm.decision import Decision, WirePrecision
+from splitwise_llm.engine.edge import Edge
+from splitwise_llm.engine.machine import Machine
+from splitwise_llm.engine.walk import GREEDY
+from splitwise_llm.errors import RequestError
+from splitwise_llm.model.sampling import sample
+from splitwise_llm.model.share import Share
+from splitwise_llm.partition import Part, Partition, Placement
+from splitwise_llm.records import RequestRecord
+from splitwise_llm.spec import ModelSpec
+from splitwise_llm.wire import codec
+
+REST_S = 0.01
+"""Long enough for a machine's caches to fill with other things, as while it waits for a link."""
+WARM_UP_STEPS, FLOWING_STEPS, RESTED_STEPS = 2, 10, 6
+MESSAGE_ROWS = (1, 16, 64, 128)
+MESSAGE_TOKENS = 8
+Units = tuple[int, int]
+"""Key/value groups and FFN shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The prompts a round runs, as (positions, chunk): with every unit, and with some; tokens follow each."""
+
+    whole: tuple[tuple[int, int], ...]
+    partial: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def up_to(cls, positions: int) -> Grid:
+        """A prompt of so many positions in chunks of 16, 32, ... and at once, and one a quarter as long."""
+        chunks = [size for size in (16, 32, 64, 128, 256) if size < positions]
+        short = max(positions // 4, 1)
+        whole = ((short, short), *((positions, chunk) for chunk in (*chunks, positions)))
+        return cls(whole, ((positions, min(32, positions)), (positions, positions)))
+
+
+def shares_measured(spec: ModelSpec) -> tuple[Units, ...]:
+    """All units of every half; half of them; one."""
+    groups, shards = spec.num_kv_heads, spec.num_ffn_shards
+    return tuple(dict.fromkeys([(groups, shards), (max(groups // 2, 1), max(shards // 2, 1)), (1, 1)]))
+
+
+def _partition(spec: ModelSpec, units: Units) -> Partition:
+    """So many units of each half on machine 0, with both ends if that is all; the others elsewhere."""
+    groups, shards = units
+    rest = Placement(
+        (0,) * groups + (1,) * (spec.num_kv_heads - groups), (0,) * shards + (1,) * (spec.num_ffn_shards - shards)
+    )
+    end = int(units != (spec.num_kv_heads, spec.num_ffn_shards))
+    return Partition((rest,) * spec.num_layers, embed=end, head=end)
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """One step, piece by piece (s)."""
+
+    halves: tuple[float, ...]
+    head_s: float
+    total_s: float
+
+
+@dataclass(slots=True)
+class Profiler:
+    """Measures a machine round by round; its weights stay loaded while it is entered (async with).
+
+    Raises RequestError for a grid that the model's context does not hold.
+    """
+
+    machine: Machine
+    grid: Grid
+    load_bytes_per_s: float = 0.0
+    """How fast the weights came from storage."""
+    _halves: dict[tuple[Part, int, int, int, bool], list[float]] = field(default_factory=lambda: defaultdict(list))
+    _head: dict[tuple[int, bool], list[float]] = field(default_factory=lambda: defaultdict(list))
+    _stage: dict[tuple[int, bool], list[float]] = field(default_factory=lambda: defaultdict(list))
+    _calls: dict[bool, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _messages: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        longest = max(positions for positions, _ in (*self.grid.whole, *self.grid.partial))
+        longest += WARM_UP_STEPS + FLOWING_STEPS + RESTED_STEPS
+        if longest > self.machine.spec.max_context:
+            raise RequestError(
+                f"profiling would take {longest} positions, the model has {self.machine.spec.max_context}; ask for "
+                "shorter prompts"
+            )
+
+    @classmethod
+    async def fitting(cls, machine: Machine, budget_s: float) -> Self:
+        """One whose rounds of the longest possible prompts, up to 256 positions, take a fourth of a budget."""
+        room = machine.spec.max_context - WARM_UP_STEPS - FLOWING_STEPS - RESTED_STEPS
+        probe = cls(machine, Grid.up_to(max(min(32, room), 1)))
+        async with probe:
+            await probe.round()
+            start_s = time.monotonic()
+            await probe.round()
+            round_s = time.monotonic() - start_s
+        longest = max(min(32, room), 1)
+        for positions in (64, 128, 256):
+            # Prompts grow with their length, and there are more of them; tokens after them stay as many.
+            if positions <= room and round_s * positions / 32 < budget_s / 4:
+                longest = positions
+        return cls(machine, Grid.up_to(longest))
+
+    async def __aenter__(self) -> Self:
+        """Load every share that will be measured. Raises MemoryTooSmall, ModelError."""
+        machine, start_s = self.machine, time.monotonic()
+        for units in shares_measured(machine.spec):
+            await self._open((id(self), units), units, 1)
+        partitions = [_partition(machine.spec, units) for units in shares_measured(machine.spec)]
+        size = sum(assigned_weight_bytes(machine.spec, one, 0, machine.dtype, machine.weights) for one in partitions)
+        self.load_bytes_per_s = size / (time.monotonic() - start_s)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for units in shares_measured(self.machine.spec):
+            self.machine.release((id(self), units))
+
+    async def _open(self, key: object, units: Units, capacity: int) -> Share:
+        return await self.machine.open_share(key, "this machine", _partition(self.machine.spec, units), 0, capacity)
+
+    def forget(self) -> None:
+        """Start anew, because a machine's speed drifts; what messages take stays."""
+        for table in (self._halves, self._head, self._stage, self._calls):
+            table.clear()
+
+    # Computing
+
+    async def round(self) -> None:
+        """Measure everything of the grid once."""
+        all_units, *some = shares_measured(self.machine.spec)
+        for positions, chunk in self.grid.whole:
+            await self._pass(all_units, positions, chunk, True)
+        for units in some:
+            for positions, chunk in self.grid.partial:
+                await self._pass(units, positions, chunk, False)
+        for _ in range(RESTED_STEPS):
+            await self._thread_call()
+
+    async def _pass(self, units: Units, positions: int, chunk: int, whole: bool) -> None:
+        """A prompt, then decode steps: one straight after the other, and each after a rest."""
+        key, steps = object(), WARM_UP_STEPS + FLOWING_STEPS + RESTED_STEPS
+        share = await self._open(key, units, positions + steps)
+        try:
+            await asyncio.sleep(REST_S)
+            for start in range(0, positions, chunk):
+                count = min(chunk, positions - start)
+                timed = await self._step(share, start, count, whole)
+                self._note(timed, units, count, start + count, True, whole)
+            for number in range(steps):
+                rested = number >= WARM_UP_STEPS + FLOWING_STEPS
+                if rested:
+                    await asyncio.sleep(REST_S)
+                timed = await self._step(share, positions + number, 1, whole)
+                if number >= WARM_UP_STEPS:
+                    self._note(timed, units, 1, positions + steps // 2, rested, whole)
+        finally:
+            self.machine.release(key)
+
+    async def _step(self, share: Share, start: int, count: int, whole: bool) -> _Timed:
+        spec = self.machine.spec
+        payload = bytes(WirePrecision.FP32.payload_bytes(count, spec.d_model))
+        asked_s = time.monotonic()
+        done = await self.machine.compute(
+            lambda: _timed_step(share, spec, payload, start, count, whole), here=count == 1
+        )
+        if count == 1:
+            self._calls[False].append(time.monotonic() - asked_s - (done.stop_s - done.start_s))
+        return done.value
+
+    async def _thread_call(self) -> None:
+        """What handing over to the compute thread costs where both threads have slept: the work sleeps, too."""
+        await asyncio.sleep(REST_S)
+        asked_s = time.monotonic()
+        await self.machine.compute(lambda: time.sleep(REST_S / 4))
+        self._calls[True].append(time.monotonic() - asked_s - REST_S / 4)
+
+    def _note(self, timed: _Timed, units: Units, rows: int, context: int, rested: bool, whole: bool) -> None:
+        for half, seconds in enumerate(timed.halves):
+            part = Part.FFN if half % 2 else Part.ATTENTION
+            self._halves[part, units[half % 2], rows, context, rested].append(seconds)
+        if whole:
+            self._stage[rows, rested].append(timed.total_s - timed.head_s - sum(timed.halves))
+            if rows == 1:
+                self._head[1, rested].append(timed.head_s)
+
+    async def busy(self, is_prefill: bool, seconds: float) -> None:
+        """Prefill, or decode, for about so long, for a meter to watch."""
+        units, (positions, _) = shares_measured(self.machine.spec)[0], self.grid.whole[-1]
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s:
+            key = object()
+            share = await self._open(key, units, positions + FLOWING_STEPS)
+            try:
+                await self._step(share, 0, positions if is_prefill else 1, True)
+                for number in range(0 if is_prefill else FLOWING_STEPS):
+                    await self._step(share, 1 + number, 1, True)
+            finally:
+                self.machine.release(key)
+
+    # Messages
+
+    async def messages(self, edge: Edge, worker: str) -> None:
+        """Take the software time of messages from sessions with a worker behind a link without delay (loopback):
+        what passes between one machine's computing and the other's, less what handing over to a thread costs.
+
+        The device sleeps before it answers with a token, so that both ends are as cold as after a slow link.
+        """
+        spec = self.machine.spec
+        if edge.names[1:] != (worker,):
+            raise RequestError(f"the device has no worker {worker!r}, or others besides: {', '.join(edge.names[1:])}")
+        middle = spec.num_layers // 2
+        partition = Partition.u_shape(spec, middle, spec.num_layers - middle - 1)
+
+        def slowly(logits: Tensor, position: int) -> int:
+            time.sleep(REST_S)
+            return sample(logits, GREEDY, position)
+
+        for rows in MESSAGE_ROWS:
+            prompt = [position % spec.vocab_size for position in range(rows)]
+            async with edge.generate(
+                prompt, Decision(partition), max_new_tokens=MESSAGE_TOKENS, stop_ids=(), choose=slowly
+            ) as generation:
+                async for _ in generation:
+                    pass
+            for step, gap_s in _gaps(generation.record):
+                count = rows if step == 0 else 1
+                calls_s = 2 * median(self._calls[count > 1]) if self._calls[count > 1] else 0.0
+                one_end_s = max(gap_s - calls_s, 0.0) / 4
+                self._messages[WirePrecision.FP32.payload_bytes(count, spec.d_model)].append(one_end_s)
+
+    def table(self) -> Measured:
+        """Means of what was measured. Raises SpecError before the first round."""
+        machine = self.machine
+        halves = [HalfPoint(*key, _mean(values)) for key, values in sorted(self._halves.items())]
+        head = [RowsPoint(*key, _mean(values)) for key, values in sorted(self._head.items())]
+        stage = [RowsPoint(*key, max(_mean(values), 0.0)) for key, values in sorted(self._stage.items())]
+        message = [SizePoint(size, _mean(values)) for size, values in sorted(self._messages.items())]
+        here_s, thread_s = (_mean(self._calls[threaded] or [0.0]) for threaded in (False, True))
+        return Measured(
+            machine.spec, machine.dtype, machine.weights, machine.threads,
+            tuple(halves), tuple(head), tuple(stage), tuple(message or [SizePoint(0, 0.0)]),
+            here_s, max(thread_s, here_s), f"measured on {date.today().isoformat()}, torch {torch.__version__}",
+        )  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean, for it is means that add up to a token's; what lies beyond three medians, as where another program
+    took the processor, counts as three."""
+    limit = 3 * median(values)
+    return fmean(min(value, limit) for value in values)
+
+
+def _timed_step(share: Share, spec: ModelSpec, payload: bytes, start: int, count: int, whole: bool) -> _Timed:
+    """A step of all layers on a stream that came over a wire and goes back over one."""
+    clock = time.perf_counter
+    times = [began_s := clock()]
+    x = codec.decode(payload, WirePrecision.FP32, count, spec.d_model).to(dtype=share.dtype, device=share.device)
+    at = share.positions(start, count)
+    times = [clock()]
+    for half in range(2 * spec.num_layers):
+        x = share.join(x, [share.partial(x, half, at)], half)
+        times.append(clock())
+    if whole:
+        sample(share.logits(x), GREEDY, start + count)
+    headed_s = clock()
+    codec.encode(x, WirePrecision.FP32)
+    halves = tuple(after - before for before, after in pairwise(times))
+    return _Timed(halves, headed_s - times[-1], clock() - began_s)
+
+
+def _gaps(record: RequestRecord) -> list[tuple[int, float]]:
+    """Per step, what passed between the first machine's two computations while the second did not compute (s)."""
+    near, far = record.machines
+    mine = {(one.step, one.stage): one for one in near.intervals}
+    gaps = []
+    for one in far.intervals:
+        before, after = mine.get((one.step, one.stage - 1)), mine.get((one.step, one.stage + 1))
+        if before and after:
+            gaps.append((one.step, after.start_s - before.stop_s - (one.stop_s - one.start_s)))
+    return gaps

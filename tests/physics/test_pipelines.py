@@ -1,0 +1,108 @@
+"""Prefill in chunks that overlap, against a timeline in which machines and links do one thing at a time.
+
+The cost model adds a mean walk and (1 - 1/K) of the busiest machine or link. That is exact for equal chunks through a
+chain of stations. It is late where the busiest machine is visited again after something else, as the device is in a
+U-shape; early where the last chunk is short; and off both ways where messages of shared halves queue for one link.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from physics.timeline import first_token_s, token_s
+from physics.worlds import FP16, LINKS, SMALL, box, edge_and_cloud, jobs, on, serial_partitions, world, worlds
+from splitwise_llm.cost import Job, World, bill
+from splitwise_llm.decision import Decision
+from splitwise_llm.partition import Partition
+from splitwise_llm.plan import Step
+from splitwise_llm.spec import LinkSpec
+from strategies import partitions
+
+
+def ratio(here: World, decision: Decision, prompt: int) -> float:
+    """Predicted time to the first token over that of the timeline."""
+    one = bill(here, decision, Job(prompt, 1))
+    return float(one.ttft.at(here.conditions())) / first_token_s(here, one.plan, prompt)
+
+
+# Dies when cost/bill.py says `piped = _sum(walks)` for `piped = _sum([*walks[:-1], body])`.
+@given(st.data())
+def test_chunks_on_one_machine_take_the_sum_of_their_times(data: st.DataObject) -> None:
+    here, job = data.draw(worlds()), data.draw(jobs())
+    one = bill(here, on(here.spec, 0, data.draw(st.integers(1, 40))), job)
+    assert one.ttft.at(here.conditions()) == pytest.approx(one.prefill_busy_s[0])
+
+
+def test_equal_chunks_through_a_chain_take_one_walk_and_the_slowest_station_for_the_rest() -> None:
+    here = world(SMALL, box(), box(flop_per_s=3e12), box(), link=LinkSpec(0.01, 1e6, 2e6))
+    for text in ("edge[0:3] cloud[3:8]", "edge[0:1] cloud[1:5] third[5:8]"):
+        decision = Decision(Partition.parse(text, SMALL, ("edge", "cloud", "third")), FP16, 16)
+        assert ratio(here, decision, 160) == pytest.approx(1, rel=0.03)
+
+
+# Dies when cost/bill.py says `Delay.of(stations).times(0)` for `Delay.of(stations).times(1 - 1 / chunks)`.
+# Dies when cost/bill.py says `Delay.of(stations).times(1)` for `Delay.of(stations).times(1 - 1 / chunks)`.
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("edge", ["orin-nx", "s23", "pi5"])
+def test_shipped_machines_prefill_as_on_the_timeline_and_behind_a_floor_up_to_a_third_later(
+    edge: str, link: str
+) -> None:
+    """Later where the device is the busiest, for it works on other chunks while one is in the cloud: 1.30 at most,
+    on a phone whose two ends take about as long as the way there and back."""
+    here = edge_and_cloud(edge, "a100", link=link)
+    for chunk in (128, 256, 512):
+        u = Decision(Partition.u_shape(here.spec, 2, 2), FP16, chunk)
+        assert 0.98 < ratio(here, u, 1024) < 4 / 3
+        cut = Decision(Partition.cut(here.spec, 2), FP16, chunk)
+        assert ratio(here, cut, 1024) == pytest.approx(1, rel=0.05)
+
+
+def test_any_chunks_of_whole_halves_are_within_a_fifth_of_the_timeline_and_half_within_a_hundredth() -> None:
+    ratios: list[float] = []
+
+    @given(st.data())
+    def collect(data: st.DataObject) -> None:
+        here = data.draw(worlds())
+        decision = Decision(data.draw(serial_partitions(here.spec)), FP16, data.draw(st.integers(1, 40)))
+        prompt = data.draw(st.integers(2, 200))
+        assume(1 < decision.num_chunks(prompt) <= 40)
+        ratios.append(ratio(here, decision, prompt))
+        assert ratios[-1] == pytest.approx(1, rel=0.2)
+
+    collect()
+    assert np.median(np.abs(np.array(ratios) - 1)) < 0.01
+
+
+# Dies when cost/bill.py says `for moves in together[1:] if moves]` for `for moves in together if moves]`.
+def test_partial_sums_reach_the_joiner_before_the_stream_goes_on_to_a_head_elsewhere() -> None:
+    here = world(SMALL, box(), box(), box(), link=LinkSpec(0.1, 1e9, 1e9))
+    whole = Partition.shared(SMALL, {1: 1, 2: 1})
+    for chunk in (None, 16):
+        one = bill(here, Decision(Partition(whole.layers, 0, 0), FP16, chunk), Job(64, 1))
+        rtts = one.ttft.at(here.basis.form({here.basis.rtt(0, 1): 1.0, here.basis.rtt(0, 2): 1.0}))
+        # to both, fifteen exchanges over two legs, the last sum to one of them, and back
+        assert rtts == pytest.approx(0.5 + 15 + 1 + 0.5)
+
+
+@given(st.data())
+def test_a_shared_half_is_a_barrier_and_so_never_too_early_by_a_timeline_without_queues(data: st.DataObject) -> None:
+    here, job = data.draw(worlds()), data.draw(jobs())
+    one = bill(here, Decision(data.draw(partitions(here.spec))), job)
+    step = Step(1, job.mean_context - 1, 1, emits=True, is_prefill=False)
+    exact = token_s(here, one.plan, step)
+    assert one.tpot.at(here.conditions()) >= exact * (1 - 1e-9)
+
+
+def test_a_single_shared_layer_is_charged_one_exchange_too_many() -> None:
+    """The cloud's part of the attention carries it on to the FFN while the device still waits; the barrier does not
+    know. Three one-way trips are priced where the engine takes two; over a whole model it is 2 L + 1 for 2 L."""
+    here = world(SMALL, box(), box(), link=LinkSpec(0.1, 1e9, 1e9))
+    x = here.basis.form({here.basis.rtt(0, 1): 1.0})
+    one_layer, all_layers = (
+        bill(here, Decision(Partition.shared(SMALL, {0: 1, 1: 1}, layers), FP16), Job(8, 8)) for layers in ([3], None)
+    )
+    assert (one_layer.tpot.at(x), one_layer.plan.round_trips_per_token) == (1.5, 1.0)
+    assert (all_layers.tpot.at(x), all_layers.plan.round_trips_per_token) == (8.5, 8.0)
