@@ -1,9 +1,8 @@
-"""The cost model's parts: conditions and delays as algebra, tables, memory, limits, accuracy, and what is refused."""
+"""The cost model's parts: conditions and delays as algebra, tables, load, measured machines, and what is refused."""
 
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from hypothesis.extra import numpy as arrays
 from physics.worlds import CHAT, FP16, LINKS, SMALL, box, edge_and_cloud, jobs, on, world, worlds
 from splitwise_llm.cost import (
     IDLE,
-    Accuracy,
     Basis,
     Bill,
     Delay,
@@ -23,19 +21,16 @@ from splitwise_llm.cost import (
     Form,
     Host,
     Job,
-    Limits,
     Load,
     Table,
     World,
     bill,
-    memory_bytes,
-    obstacle,
     price,
 )
-from splitwise_llm.decision import Decision, WirePrecision
+from splitwise_llm.decision import Decision
 from splitwise_llm.errors import PartitionError, RequestError, SpecError
 from splitwise_llm.partition import Part, Partition
-from splitwise_llm.spec import Dtype, LinkSpec, ModelSpec, Weights
+from splitwise_llm.spec import LinkSpec
 from strategies import NAMES, decisions
 
 PLACES = 6
@@ -202,127 +197,6 @@ def test_a_visit_to_a_loaded_machine_waits_for_its_running_iteration(text: str, 
         assert (one.ttft.at(x), one.tpot.at(x)) == pytest.approx((prompt, token))
 
 
-# Memory and limits
-
-
-# Dies when cost/bill.py says `positions = job.prompt_tokens` for `positions = job.prompt_tokens + job.tokens_out`.
-# Dies when cost/bill.py says `rows = min(job.prompt_tokens` for `rows = min(chunk or job.prompt_tokens`.
-def test_memory_is_weights_cache_and_buffers_on_both_sides() -> None:
-    hosts = (Host(box(), weights=Weights.INT4), Host(box(), Dtype.FP32))
-    here = World(SMALL, hosts, {(0, 1): LINKS["lan"]})
-    one = bill(here, Decision(Partition.cut(SMALL, 2.5), prefill_chunk=32), Job(100, 20))
-    attention, ffn, table = 4 * 64 * 128, 3 * 64 * 256, 100 * 64
-    inner = 32 * (2 * 64 + 2 * 256)
-    edge = 0.625 * (3 * attention + 2 * ffn) + 100 * (64 + 2) + 120 * 3 * 2 * 128 * 2 + inner * 2
-    cloud = 4 * (5 * attention + 6 * ffn + table) + 120 * 5 * 2 * 128 * 4 + inner * 4
-    assert one.memory_bytes == (edge, cloud)
-    assert memory_bytes(here, on(SMALL, 0).partition, 1, CHAT, None) == 0
-
-
-@given(st.data())
-def test_a_plan_takes_as_much_memory_as_its_machines_have_or_there_is_an_obstacle(data: st.DataObject) -> None:
-    here, job = data.draw(worlds()), data.draw(jobs())
-    decision = data.draw(decisions(here.spec))
-    need = bill(here, decision, job).memory_bytes
-    for short in (0, 1):
-        devices = [box(memory_bytes=max(size - short, 1e6)) for size in need]
-        hosts = tuple(Host(d, h.dtype, h.weights) for d, h in zip(devices, here.hosts, strict=True))
-        tight = World(here.spec, hosts, here.links)
-        assert (obstacle(tight, decision, job) is not None) == bool(short and max(need) > 1e6)
-
-
-# Dies when cost/limits.py says `if need < have:` for `if need > have:`.
-def test_an_obstacle_names_the_machine_and_the_sizes() -> None:
-    here = edge_and_cloud("s23", "a100", "llama-2-13b")
-    said = obstacle(here, on(here.spec, 0), CHAT)
-    assert said == "machine 0 (galaxy-s23) would hold 8.5 GB and has 4.6 GB"
-    assert obstacle(here, on(here.spec, 1), CHAT) is None
-    assert obstacle(here, Decision(Partition.u_shape(here.spec, 8, 8)), CHAT) is None
-
-
-# Dies when cost/limits.py says `(layers - self.last_layers, 1)` for `(layers - self.last_layers, 0)`.
-@pytest.mark.parametrize(
-    ("text", "floor", "holds"),
-    [
-        ("all:edge", "8+8", True),
-        ("edge[0:2] cloud[2:6] edge[6:8]", "2+2", True),
-        ("edge[0:2] cloud[2:6] edge[6:8]", "3+2", False),
-        ("edge[0:2] cloud[2:6] edge[6:8]", "2+3", False),
-        ("edge[0:2] cloud[2:6.5] edge[6.5:8]", "2+2", False),
-        ("edge[0:2] cloud[2:6] edge[6:8]", "0+0", True),
-        ("edge[0:8] head=cloud", "0+0", False),
-        ("edge[0:8] embed=cloud", "0+0", False),
-        ("cloud[0:8] embed=edge head=edge", "0+0", True),
-        ("cloud[0:1] edge[1:8] embed=edge", "0+9", False),
-        ("edge+cloud[0] edge[1:8]", "1+0", False),
-        ("edge[0:1] edge+cloud[1] edge[2:8]", "1+6", True),
-    ],
-)
-def test_a_floor_keeps_embedding_head_and_its_layers_on_the_device(text: str, floor: str, holds: bool) -> None:
-    here, decision = world(SMALL, box(), box()), Decision(Partition.parse(text, SMALL, NAMES))
-    assert Floor.parse(floor).holds(decision.partition) == holds
-    said = obstacle(here, decision, CHAT, Limits(floor=Floor.parse(floor)))
-    assert (said is None) == holds
-    assert holds or f"the floor {floor}" in str(said)
-
-
-def test_other_limits_say_what_they_forbid() -> None:
-    here = world(SMALL, box(), box())
-    cut = Decision(Partition.cut(SMALL, 1))
-    assert obstacle(here, cut, CHAT, Limits(unreachable=frozenset({1}))) == "machine 1 (box) cannot be reached"
-    assert obstacle(here, cut, CHAT, Limits(only=frozenset({0}))) == "machine 1 (box) may not be used"
-    assert obstacle(here, on(SMALL, 0), CHAT, Limits(unreachable=frozenset({1}))) is None
-    assert obstacle(here, cut, CHAT, Limits(first_layer_on_device=True)) is None
-    half = Decision(Partition.cut(SMALL, 0.5))
-    assert obstacle(here, half, CHAT, Limits(first_layer_on_device=True)) == "the first layer must stay on the device"
-
-
-# Accuracy
-
-TABLE = Accuracy(
-    {Weights.INT4: (0.1, 0.3), Weights.INT8: (0.01, 0.01)},
-    {WirePrecision.INT8: (0.001, 0.002), WirePrecision.INT4: (0.01, 0.02)},
-    "made up",
-)
-
-
-def nats(text: str, wire: WirePrecision = FP16, form: Weights = Weights.INT4) -> float:
-    here = World(SMALL, (Host(box(), weights=form), Host(box())), {(0, 1): LINKS["lan"]}, accuracy=TABLE)
-    return price(here, Decision(Partition.parse(text, SMALL, NAMES), wire), CHAT).nats
-
-
-# Dies when cost/accuracy.py says `(machine in owners)` for `owners.count(machine) / len(owners)`.
-def test_losses_of_weights_add_up_over_what_is_lossy() -> None:
-    assert nats("all:edge") == pytest.approx(0.4)
-    assert nats("all:edge", form=Weights.FULL) == nats("all:cloud") == 0
-    assert nats("edge[0:4] cloud[4:8]") == pytest.approx(0.1)
-    assert nats("edge[0:6] cloud[6:8]") == pytest.approx(0.1 + 0.3 / 2)
-    assert nats("edge[0:4.5] cloud[4.5:8]") == pytest.approx(0.1 + 0.3 / 8)
-    assert nats("edge+cloud[0:8]") == pytest.approx(0.2)
-
-
-# Dies when cost/accuracy.py says `lost += by_boundary[end]` for `lost += len(kinds) * by_boundary[end]`.
-def test_losses_of_the_wire_add_up_over_crossings() -> None:
-    assert nats("cloud[0:3] edge[3:8]", WirePrecision.INT4, Weights.FULL) == pytest.approx(0.01)
-    assert nats("edge[0:2] cloud[2:6] edge[6:8]", WirePrecision.INT8, Weights.FULL) == pytest.approx(0.003)
-    assert nats("cloud[0:4.5] edge[4.5:8]", WirePrecision.INT4, Weights.FULL) == pytest.approx(0.02)
-    assert nats("cloud[0:8] embed=edge head=edge", WirePrecision.INT4, Weights.FULL) == pytest.approx(0.03)
-    assert nats("edge[0:2] cloud[2:6] edge[6:8]", WirePrecision.FP16, Weights.FULL) == 0
-    assert nats("all:cloud", WirePrecision.INT4) == 0
-
-
-def test_an_accuracy_table_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    path = tmp_path / "accuracy.json"
-    path.write_text(TABLE.to_json())
-    assert Accuracy.from_file(path) == TABLE
-    for text in ("", "{}", "[1]", '{"weights": {"int3": [1]}, "wire": {}, "source": ""}'):
-        path.write_text(text)
-        with pytest.raises(SpecError, match=r"accuracy\.json is no accuracy table .*splitwise profile --accuracy"):
-            Accuracy.from_file(path)
-    with pytest.raises(SpecError, match="is no accuracy table"):
-        Accuracy.from_file(tmp_path / "none.json")
-
-
 # Hosts
 
 
@@ -411,14 +285,3 @@ def test_a_request_is_written_as_prompt_and_output_tokens() -> None:
     for text in ("", "2", "2+", "+2", "2-2", "a+b", "1+1+1"):
         with pytest.raises(RequestError, match=r"write first\+last layers"):
             Floor.parse(text)
-
-
-# Dies when cost/accuracy.py says `* len(groups) / (2 * layers) for` for `/ of_half.count(group) for`.
-@pytest.mark.parametrize("layers", [1, 3, 5])
-@pytest.mark.parametrize("groups", [1, 2, 3, 5])
-def test_all_layers_in_a_form_lose_the_sum_of_the_groups_however_layers_divide(layers: int, groups: int) -> None:
-    groups = min(groups, layers)
-    spec = ModelSpec("llama", layers, 64, 8, 8, 8, 256, 100, 128, 3, True)
-    table = Accuracy({Weights.INT4: tuple(0.1 * (n + 1) for n in range(groups))}, {}, "made up")
-    lost = table.of_weights(Partition.all_on(spec, 0), [Weights.INT4])
-    assert lost == pytest.approx(0.1 * groups * (groups + 1) / 2)

@@ -40,7 +40,7 @@ def decode_tokens_per_s(device: str, name: str, weights: Weights, dtype: Dtype =
         ),
         pytest.param(
             *("orin-nx:mlc", "tinyllama-1.1b", INT4, 37.5),
-            marks=pytest.mark.xfail(reason="30 to 45 reported, not bound by memory: the roofline says 112", strict=True),
+            marks=pytest.mark.xfail(reason="30 to 45 reported, not bound by memory; the roofline: 112", strict=True),
         ),
         pytest.param(
             *("agx-orin:mlc", "llama-3.1-8b", INT4, 28.1),

@@ -60,7 +60,8 @@ def test_shipped_machines_prefill_as_on_the_timeline_and_behind_a_floor_up_to_a_
         assert ratio(here, cut, 1024) == pytest.approx(1, rel=0.05)
 
 
-def test_any_chunks_of_whole_halves_are_within_a_fifth_of_the_timeline_and_half_within_a_hundredth() -> None:
+def test_of_any_chunks_of_whole_halves_nine_in_ten_are_within_a_twentieth_of_the_timeline() -> None:
+    """And none is twice as late: a mean walk and the busiest station are each a lower bound of it."""
     ratios: list[float] = []
 
     @given(st.data())
@@ -70,10 +71,10 @@ def test_any_chunks_of_whole_halves_are_within_a_fifth_of_the_timeline_and_half_
         prompt = data.draw(st.integers(2, 200))
         assume(1 < decision.num_chunks(prompt) <= 40)
         ratios.append(ratio(here, decision, prompt))
-        assert ratios[-1] == pytest.approx(1, rel=0.2)
+        assert 0.8 < ratios[-1] < 2
 
     collect()
-    assert np.median(np.abs(np.array(ratios) - 1)) < 0.01
+    assert np.all(np.percentile(np.abs(np.array(ratios) - 1), [50, 90]) < [0.01, 0.05])
 
 
 # Dies when cost/bill.py says `for moves in together[1:] if moves]` for `for moves in together if moves]`.

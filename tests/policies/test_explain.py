@@ -18,7 +18,7 @@ from splitwise_llm.policies.solver import Solver
 from splitwise_llm.spec import DeviceSpec, LinkSpec, ModelSpec, Weights
 
 SPEC = ModelSpec("llama", 8, 512, 8, 8, 64, 2048, 4000, 2048, 3, False)
-DEVICE = DeviceSpec("device", 5e11, 2e10, 1e10, message_s=1e-4, launch_s=1e-5)
+DEVICE = DeviceSpec("device", 2e10, 1e9, 1e10, message_s=1e-4, launch_s=1e-5)
 SERVER = DeviceSpec("server", 1e13, 4e11, 1e11, message_s=1e-4, slots=16)
 LINK = LinkSpec.parse("rtt=5ms up=50mbit down=20mbit")
 CASES = {
@@ -82,7 +82,7 @@ def test_the_nearest_flip_is_where_a_scan_first_finds_another_best(case: str, na
     one, chosen = asked(case)[name], question(case).choice
     for flip, end in ((one.below, one.low), (one.above, one.high)):
         whole = one.unit in ("tokens", "sequences")
-        values = np.geomspace(one.value, end, 40)[1:] if one.value != end else np.array([])
+        values = np.geomspace(one.value, end, 25)[1:] if one.value != end else np.array([])
         values = np.unique(np.round(values)) if whole else values
         for value in sorted(values.tolist(), reverse=end < one.value):
             beyond = flip is not None and (value >= flip.value) == (end > one.value)

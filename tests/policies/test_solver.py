@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
-from random_worlds import LARGER, SIZES, TWO_MACHINES, Instance, by_enumeration, instance
+from random_worlds import LARGER, SIZES, TWO_MACHINES, Instance, by_enumeration, every_decision, instance
 
-from splitwise_llm.cost import UNLIMITED, Floor, Host, Job, Limits, Table, World, bill, obstacle, price
+from splitwise_llm.cost import UNLIMITED, Floor, Host, Job, Limits, Load, Table, World, bill, obstacle, price
+from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError
 from splitwise_llm.observation import EVERYTHING, PLAIN, Tools
 from splitwise_llm.partition import Partition
@@ -20,7 +22,7 @@ from splitwise_llm.policies.assignments import Search
 from splitwise_llm.policies.family import Family
 from splitwise_llm.policies.objective import Latency
 from splitwise_llm.policies.solver import Solver, nothing_admissible
-from splitwise_llm.spec import LinkSpec, Weights, find_device, find_model
+from splitwise_llm.spec import DeviceSpec, LinkSpec, ModelSpec, Weights, find_device, find_model
 
 WAN = LinkSpec.parse("rtt=20ms up=50mbit down=50mbit")
 
@@ -66,10 +68,56 @@ def check_solver(seeds: range) -> None:
 
 @pytest.mark.parametrize("first", range(0, 100, 20))
 def test_the_search_finds_what_the_enumeration_of_all_assignments_finds(first: int) -> None:
-    """Killed in assignments.py by: `held = machines[:1]` in `_close` (the stream goes back to the first machine);
-    leaving `memory` out of the pruned columns; `v[number] += min(ends)`; no `self._visit` before a serial stage;
-    `wire_nats[half]` not counted."""
+    """Killed in assignments.py by: leaving memory out of the columns that pruning compares; pruning by the first
+    column alone."""
     check_search(range(first, first + 20), SIZES)
+
+
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_what_the_search_counts_for_an_assignment_is_what_its_bill_says(first: int) -> None:
+    """Killed in assignments.py by: `held = machines[:1]` in `_close` (the stream goes back to the first machine);
+    `v[number] += min(ends)`; no `self._visit` of a fresh serial stage; `seconds = 0.0` in `_finish`."""
+    for seed in range(first, first + 20):
+        given = instance(seed, SIZES)
+        world, job = given.world, given.job
+        plain = replace(given, tools=Tools(given.tools.wires, (None,), given.tools.drafts))
+        wire, draft = plain.tools.wires[0], plain.tools.drafts[0]
+        search = Search(world, job, given.conditions, given.objective, given.limits, wire, None, draft)
+        decisions = list(every_decision(world, job, plain.tools))
+        for decision in random.Random(seed).sample(decisions, 20):
+            label = _walked(search, decision.partition)
+            one = bill(world, decision, job)
+            if len(decision.partition.machines) > 1:  # alone, it is priced by its bill at once
+                critical = label[: len(search.steps)]
+                tokens = world.drafter.tokens_per_round(draft)
+                assert same(critical[0], float(one.ttft.at(given.conditions))), decision
+                assert same(critical[1] / tokens, float(one.tpot.at(given.conditions))), decision
+
+
+def _walked(search: Search, partition: Partition) -> np.ndarray:  # type: ignore[type-arg]
+    """The label that the search gives to an assignment."""
+    label, end = np.zeros(search._size), None
+    for half in range(2 * len(partition.layers)):
+        owners = partition.owners(half)
+        counts = tuple(owners.count(machine) for machine in range(len(search.world.hosts)))
+        added, end = search._step(half, end, counts, partition.embed, partition.head)
+        label = label + added
+    assert end
+    return label + search._finish(end, partition.embed, partition.head)
+
+
+def test_a_plan_that_waits_for_no_admission_is_kept_beside_a_faster_one_that_waits() -> None:
+    """Killed in assignments.py by leaving the waits out of `_reads`."""
+    spec = ModelSpec("llama", 3, 512, 1, 1, 984, 1312, 100, 512, 3, False)
+    hosts = tuple(Host(DeviceSpec("box", 1e12, bandwidth, 1e12)) for bandwidth in (1e10, 1e11, 8e10))
+    link = LinkSpec(1e-4, 1e9, 1e9)
+    world = World(spec, hosts, {(0, 1): link, (0, 2): link})
+    limits = Limits(floor=Floor(1, 1))
+    for wait_s, used in ((0.0, (0, 1)), (1.0, (0, 2))):
+        conditions = world.conditions({1: Load(wait_s=wait_s)})
+        found = Search(world, Job(8, 16), conditions, Latency(), limits, WirePrecision.FP16).best()
+        assert found
+        assert found.decision.partition.machines == used
 
 
 @pytest.mark.long
@@ -81,8 +129,7 @@ def test_the_search_finds_what_the_enumeration_finds_a_thousand_times(first: int
 
 @pytest.mark.parametrize("first", range(0, 45, 15))
 def test_the_solver_finds_what_the_enumeration_of_assignments_and_tools_finds(first: int) -> None:
-    """Killed in solver.py by: `chunks[:1]` in `_tools`; `share=False`; in family.py by leaving out chunks for a plan
-    on one machine."""
+    """Killed in solver.py by: `chunks[:1]` in `_tools`; `share=False`."""
     check_solver(range(first, first + 15))
 
 
@@ -122,6 +169,15 @@ def test_a_family_leaves_out_what_memory_forbids_and_nothing_else() -> None:
         kept = _members(Family(given.world, given.job, PLAIN, 1))
         for decision in _members(Family(free, given.job, PLAIN, 1)):
             assert (decision in kept) == (obstacle(given.world, decision, given.job) is None), decision
+
+
+def test_a_family_drives_a_plan_on_one_machine_in_chunks_too() -> None:
+    """Less memory for activations and shorter contexts are worth something where nothing crosses. Killed in family.py
+    by `self.tools.chunks[:1]` for shapes of one machine."""
+    world = World(find_model("gpt2"), (Host(find_device("pi5")), Host(find_device("a100"))), {(0, 1): WAN})
+    kept = _members(Family(world, Job(64, 8), replace(PLAIN, chunks=(None, 16)), 1))
+    for machine, chunk in product((0, 1), (None, 16)):
+        assert Decision(Partition.all_on(world.spec, machine), WirePrecision.FP16, chunk) in kept
 
 
 def _roomy(host: Host) -> Host:

@@ -125,3 +125,23 @@ def test_the_exact_chooser_sees_in_the_menu_what_the_request_will_then_take() ->
             again.advance()
         assert float(again.finish().total_s[0, 0, 0]) == pytest.approx(predicted[plan], rel=1e-6)
     assert answer(params, traces, run.state, question, np.array([EDGE])) == []
+
+
+def test_a_menu_says_how_long_the_device_is_busy_with_earlier_requests() -> None:
+    """The second request's time on the device, waiting included, is what it was told at its admission."""
+    menu = table()
+    params = Params(Physics([menu]), STEADY, arrivals=Arrivals(per_s=1e-3))
+    traces = draw(params, 0, [0], 2)
+    traces.arrival_s[:] = [0.0, 1.0]
+    run, told = Run.begin(params, traces, Only(EDGE)), 0.0
+    while not run.state.is_over.all():
+        for question in questions(params, traces, run.state):
+            if question.menu.current[0] < 0:
+                told = float(
+                    menu.at(question.menu.conditions, question.menu.remaining_tokens[:, None]).total_s[0, EDGE]
+                )
+            run.take(question, np.array([EDGE]))
+        run.advance()
+    first, second = run.finish().total_s[0, 0]
+    assert second == pytest.approx(told, rel=1e-6)
+    assert second == pytest.approx(2 * first - 1.0, rel=1e-6)

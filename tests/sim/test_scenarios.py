@@ -12,9 +12,10 @@ import pytest
 from worlds import CLOUD, Exact, Only, table
 
 from splitwise_llm.errors import SpecError
-from splitwise_llm.sim.draws import day, draw
+from splitwise_llm.sim.draws import draw
 from splitwise_llm.sim.episode import simulate
 from splitwise_llm.sim.params import LinkProcess, Params, SharedCloud
+from splitwise_llm.sim.paths import day
 from splitwise_llm.sim.scenarios import (
     MEC,
     SCENARIOS,

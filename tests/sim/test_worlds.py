@@ -13,12 +13,13 @@ from splitwise_llm.errors import SpecError
 from splitwise_llm.lyapunov import Budgets, Penalty
 from splitwise_llm.observation import Menu
 from splitwise_llm.sim.asking import LATER, questions
-from splitwise_llm.sim.draws import draw, uniforms
+from splitwise_llm.sim.counters import uniforms
+from splitwise_llm.sim.draws import draw
+from splitwise_llm.sim.endings import ABANDONED, DONE, SHED
 from splitwise_llm.sim.episode import Records, Run, advance, simulate, slope
 from splitwise_llm.sim.params import Arrivals, CloudClass, CloudProcess, LinkClass, LinkProcess, Params, Seeing
 from splitwise_llm.sim.physics import Physics
 from splitwise_llm.sim.state import FREE, State, initial
-from splitwise_llm.sim.step import ABANDONED, DONE, SHED
 
 MBIT = 1e6 / 8
 WAN = LinkProcess(

@@ -344,13 +344,12 @@ def _in_turn(params: Params, traces: Traces, line: Timeline, arrival: Floats) ->
 def least_cost(params: Params, traces: Traces, bound_s: Floats, w_energy: float) -> Floats:
     """(e, d, n): seconds plus `w_energy` (s/J) times the device's joules that nobody undercuts, where `bound_s` are
     seconds that nobody undercuts. Time and joules are made small apart from each other: a loose bound where the
-    fastest plan is not the thriftiest. Idle joules count for the time that a request is served alone."""
+    fastest plan is not the thriftiest. Of idle power a request bears its share among `slots` while it is served."""
     if not w_energy:
         return bound_s
     line = timeline(params, traces, float(traces.arrival_s.max()) + 4 * params.t_max_s)
-    alone = clairvoyant_bound(params, traces)
+    joules = params.idle_w[:, None] / params.slots * clairvoyant_bound(params, traces)
     table = np.broadcast_to(params.device_tables[:, None] + traces.prompt_class, bound_s.shape)
-    joules = params.idle_w[:, None] * alone
     for number in np.unique(table).tolist():
         prompt, token = Network(params.physics, number, line).least_joules()
         joules = joules + np.where(table == number, prompt + token * (traces.output_tokens - 1), 0.0)

@@ -9,7 +9,7 @@ a weight. What it does not know: other requests. It shares the link and the devi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ class Classes:
         return cls(conditions(params, rows, at, load), rows[at, 3] > 0, load[:, 3], leave, to)
 
 
-def _generator(classes: tuple[LinkClass, ...] | tuple[CloudClass, ...]) -> Floats:
+def _generator(classes: Sequence[LinkClass | CloudClass]) -> Floats:
     """Changes per second between neighbours, either way alike."""
     size = len(classes)
     result = np.zeros((size, size))
@@ -116,8 +116,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Values:
-    """Costs still to come of going on, at the least until something happens, and deciding freely then. A *place* is a partition with a wire; plans of one place differ in chunk and draft, and
-    between them nothing moves. Stages k count tokens; parts j of what takes time run from 0 to done."""
+    """Costs still to come of going on, at least until something happens, and deciding freely then.
+
+    A *place* is a partition with a wire; plans of one place differ in chunk and draft, and between them nothing
+    moves. Stages k count tokens; parts j of what takes time run from 0 to done.
+    """
 
     stand: Floats
     """(k, places, classes): at a place, deciding freely."""

@@ -46,7 +46,8 @@ Tell = Callable[[str], None]
 
 RIVALS = (
     "cloud-only", "edge-only", "even-split", "memory-proportional", "best-static", "neurosurgeon",
-    "edgeshard-latency", "edgeshard-exact", "edgeshard-throughput", "edgeshard-replanned", "router", "exact",
+    "edgeshard-latency", "edgeshard-exact", "edgeshard-throughput", "edgeshard-replanned", "layer-splitting", "router",
+    "exact",
     "drift-selfish", "drift",
 )  # fmt: skip
 """Every one is run with and without the shared tools."""

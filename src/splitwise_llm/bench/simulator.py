@@ -22,7 +22,8 @@ from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objectiv
 from splitwise_llm.policies.planners import typical
 from splitwise_llm.policies.solver import Solver
 from splitwise_llm.sim.asking import questions
-from splitwise_llm.sim.draws import draw, uniforms
+from splitwise_llm.sim.counters import uniforms
+from splitwise_llm.sim.draws import draw
 from splitwise_llm.sim.episode import Run, simulate
 from splitwise_llm.sim.params import CloudClass, CloudProcess, LinkProcess, Params
 from splitwise_llm.sim.scenarios import Case, Scenario, build, find_scenario, worlds

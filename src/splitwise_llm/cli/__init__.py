@@ -5,11 +5,22 @@ from __future__ import annotations
 import signal
 import sys
 
-from splitwise_llm.cli import benches, machines, plan, profile, reproductions, scenarios, simulate
+from splitwise_llm.cli import benches, machines, plan, profile, reproductions, scenarios, simulate, yardsticks
 from splitwise_llm.cli.options import app
 from splitwise_llm.errors import SplitwiseError, UserError
 
-__all__ = ["app", "benches", "machines", "main", "plan", "profile", "reproductions", "scenarios", "simulate"]
+__all__ = [
+    "app",
+    "benches",
+    "machines",
+    "main",
+    "plan",
+    "profile",
+    "reproductions",
+    "scenarios",
+    "simulate",
+    "yardsticks",
+]
 
 
 def main() -> None:

@@ -282,7 +282,7 @@ def _flip_data(each: Sensitivity, asked: _Asked) -> dict[str, Any]:
     """SI units; null where nothing flips within the range."""
 
     def side(flip: Flip | None) -> dict[str, Any] | None:
-        return flip and {"at": flip.value, "becomes": _text(flip.becomes, asked)}
+        return {"at": flip.value, "becomes": _text(flip.becomes, asked)} if flip else None
 
     return {
         "unit": each.unit, "value": each.value, "low": each.low, "high": each.high,

@@ -4,6 +4,7 @@
 | --- | --- |
 | `counts` | what the parts of a model weigh and compute |
 | `hosts` | how long a machine takes for them: roofline or measured |
+| `measured` | what was measured on a machine, as such a source of times |
 | `accuracy` | nats per token that a lossy choice loses |
 | `terms` | time as functions of conditions: the form in which a plan is priced once for any link and load |
 | `world` | what is priced: model, machines, links, request, drafter, tariff |
@@ -29,6 +30,7 @@ from splitwise_llm.cost.counts import (
 )
 from splitwise_llm.cost.hosts import Host, UnitTimes, stage_seconds
 from splitwise_llm.cost.limits import UNLIMITED, Floor, Limits, obstacle
+from splitwise_llm.cost.measured import Measured
 from splitwise_llm.cost.moving import Moving, moving
 from splitwise_llm.cost.price import Entry, Price, Prices, Table, Work, price
 from splitwise_llm.cost.terms import IDLE, Basis, Delay, Form, Load, Pair
@@ -50,6 +52,7 @@ __all__ = [
     "Job",
     "Limits",
     "Load",
+    "Measured",
     "Moving",
     "Pair",
     "Price",

@@ -94,6 +94,18 @@ class Bill:
         return self.prefill_bytes.get((src, dst), 0.0) + self.later_tokens * self.token_bytes.get((src, dst), 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """Two machines that share halves do not wait for each other but for each other's messages, so their clocks stay
+    one way apart, and whoever was ahead is behind after the next half. Who had the stream first begins ahead."""
+
+    pair: tuple[int, ...]
+    ahead: int
+
+    def after_a_half(self) -> Lead:
+        return Lead(self.pair, next(machine for machine in self.pair if machine != self.ahead))
+
+
 @dataclass(slots=True)
 class _Walk:
     """One walk through the stages of a plan, as forms."""
@@ -106,6 +118,8 @@ class _Walk:
     bytes: defaultdict[Pair, float]
     ended_on: int | None = None
     """The machine of the last serial stage; after a shared one, none."""
+    lead: Lead | None = None
+    """In a run of halves shared by two machines: which of them is ahead."""
 
     @classmethod
     def of(cls, world: World, plan: Plan, step: Step) -> _Walk:
@@ -143,15 +157,42 @@ class _Walk:
 
     def _stage(self, index: int, stage: Stage, arrivals: dict[int, Form]) -> dict[int, Form]:
         """Price a stage and what crosses after it; what the next stage's machines wait for."""
-        plan = self.plan
+        plan, run = self.plan, self._run(stage, arrivals)
+        if run is not None and self.lead is None:  # the other's clock starts late, which is no one's delay yet
+            arrivals = {dst: self._sending(form) for dst, form in arrivals.items()}
         computed = {machine: arrivals.get(machine, 0) + self._compute(stage, machine) for machine in stage.machines}
         moves = [move for move in plan.moves_after(index) if plan.rows(move, self.step)]
         partials = [move for move in moves if move.kind is Kind.PARTIAL]
+        crossings = {(move.src, move.dst): self._crossing(move) for move in partials}
         ends = [computed[machine] for machine in (plan.joiners[index] if partials else stage.machines)]
-        ends += [computed[move.src] + self._crossing(move) for move in partials]
+        ends += [computed[src] + crossing for (src, dst), crossing in crossings.items()]
         self.critical.append(Delay.of(ends))
         self.ended_on = stage.machine if isinstance(stage, Serial) else None
+        self.lead = run.after_a_half() if run else None
+        if self.lead and partials and len(plan.joiners[index]) == 1 and plan.joiners[index][0] != self.lead.ahead:
+            # The run goes on where the clock is behind: what it waits for was sent a half ago.
+            self.critical.append(Delay.of(list(crossings.values())))
+            self.lead = None
         return {move.dst: self._crossing(move) for move in moves if move.kind is Kind.RESIDUAL}
+
+    def _run(self, stage: Stage, arrivals: dict[int, Form]) -> Lead | None:
+        """The run of halves shared by two machines that this stage is in, if one of them brought the stream."""
+        pair = stage.machines
+        if len(pair) != 2:
+            return None
+        if self.lead and self.lead.pair == pair:
+            return self.lead
+        holders = [machine for machine in pair if machine not in arrivals]
+        return Lead(pair, holders[0]) if len(arrivals) == len(holders) == 1 else None
+
+    def _sending(self, crossing: Form) -> Form:
+        """Of a crossing, only what it keeps the link from carrying next."""
+        basis = self.world.basis
+        kept = basis.form({})
+        for pair in basis.pairs:
+            for lane in (pair, pair[::-1]):
+                kept[basis.inverse(*lane)] = crossing[basis.inverse(*lane)]
+        return kept
 
     def _compute(self, stage: Stage, machine: int) -> Form:
         basis = self.world.basis

@@ -8,11 +8,13 @@ from splitwise_llm.errors import RequestError
 from splitwise_llm.observation import Policy
 from splitwise_llm.policies.pipelines import EdgeShard, Program
 from splitwise_llm.policies.planners import PLANNERS
+from splitwise_llm.policies.splitting import LayerSplitting
 
 POLICIES: dict[str, tuple[str, Policy]] = {planner.name: (planner.says, planner) for planner in PLANNERS} | {
     "edgeshard-latency": ("EdgeShard's latency program for the expected conditions", EdgeShard()),
     "edgeshard-exact": ("the same, with memory remembered", EdgeShard(Program.EXACT_LATENCY)),
     "edgeshard-throughput": ("EdgeShard's throughput program", EdgeShard(Program.THROUGHPUT)),
+    "layer-splitting": ("the cut that loses least accuracy, as measured, for its load", LayerSplitting.lossless()),
     "edgeshard-replanned": ("EdgeShard's latency program for each request, now", EdgeShard(current=True)),
 }
 """Name -> (what it does, the policy)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +31,13 @@ Counts = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How a partial assignment ends: the last half, and, where it is shared, who held the stream before it and on
-    which single machine the stage before it ran."""
+    """How a partial assignment ends: the last half, and, where it is shared, who held the stream before it, on which
+    single machine the stage before it ran, and which of two clocks was ahead (see `cost.bill.Lead`)."""
 
     counts: Counts
     held: tuple[int, ...] = ()
     after: int | None = None
+    ahead: int | None = None
 
     @property
     def machines(self) -> tuple[int, ...]:
@@ -154,7 +155,8 @@ class Search:
                 for m in machines:
                     arrival = 0.0
                     if m not in end.held:
-                        arrival = self._arrival[number, end.held[0], m]
+                        whole, sending = self._arrival[number, end.held[0], m]
+                        arrival = whole if end.ahead is None else sending
                     seconds = self._seconds(m, part, end.counts[m], step) + self.world.hosts[m].stage_s(
                         step.count, rested=True
                     )
@@ -164,6 +166,10 @@ class Search:
                 if not silent:
                     ends += [computed[w] + self._cross(v, w, j, number, size) for w in machines for j in held if w != j]
                 v[number] += max(ends)
+                if not silent and held == (end.ahead,):
+                    # Whoever was ahead is behind after this half: what it waits for was sent a half ago.
+                    scratch = np.zeros(self._size)
+                    v[number] += max(self._cross(scratch, w, held[0], number, size) for w in machines if w != held[0])
             if silent:
                 continue
             others = [m for m in following if m not in held]
@@ -176,15 +182,19 @@ class Search:
         return held
 
     @cached_property
-    def _arrival(self) -> dict[tuple[int, int, int], float]:
-        scratch = np.zeros(self._size)
-        return {
-            (number, a, b): self._cross(scratch, a, b, number, self._payload(step))
-            for number, step in enumerate(self.steps)
-            for a in range(len(self.world.hosts))
-            for b in range(len(self.world.hosts))
-            if a != b
-        }
+    def _arrival(self) -> dict[tuple[int, int, int], tuple[float, float]]:
+        """Seconds until the stream of a step is at another machine, and of them those that keep the link busy."""
+        result: dict[tuple[int, int, int], tuple[float, float]] = {}
+        inverse = self.world.basis.inverse
+        for number, step in enumerate(self.steps):
+            size = self._payload(step)
+            for a, b in permutations(range(len(self.world.hosts)), 2):
+                counted = np.zeros(self._size)
+                whole = self._cross(counted, a, b, number, size)
+                start, kind = self._start("bytes"), self._kind(number)
+                carried = [counted[start + 2 * n + kind] * self.x[inverse(*lane)] for n, lane in enumerate(self.lanes)]
+                result[number, a, b] = whole, float(sum(carried))
+        return result
 
     def _step(self, half: int, end: _End | None, counts: Counts, embed: int, head: int) -> tuple[Floats, _End]:
         """What one more half adds after an end (None: after the embedding), and the new end."""
@@ -219,7 +229,11 @@ class Search:
         for machine in following:
             v[self._start("units") + 2 * machine + half % 2] += counts[machine]
         before = previous.machines
-        new = _End(counts) if alone else _End(counts, held, before[0] if len(before) == 1 else None)
+        new = (
+            _End(counts)
+            if alone
+            else _End(counts, held, before[0] if len(before) == 1 else None, _ahead(previous, held, tuple(following)))
+        )
         self._cache[key] = (v, new)
         return v, new
 
@@ -423,6 +437,16 @@ class Search:
             owners = [tuple(m for m, number in enumerate(counts) for _ in range(number)) for counts in path]
             layers = tuple(Placement(a, f) for a, f in zip(owners[::2], owners[1::2], strict=True))
             yield Decision(Partition(layers, embed, head), wire, chunk, draft)
+
+
+def _ahead(previous: _End, held: tuple[int, ...], pair: tuple[int, ...]) -> int | None:
+    """Which of two machines that share the next half is ahead, if one is."""
+    if len(pair) != 2:
+        return None
+    if previous.machines == pair:
+        return None if previous.ahead is None else next(machine for machine in pair if machine != previous.ahead)
+    holders = [machine for machine in pair if machine in held]
+    return holders[0] if len(holders) == 1 else None
 
 
 def _crossings(end: _End | None, counts: Counts, embed: int) -> int:

@@ -133,7 +133,8 @@ def nearest(figure: Figure, choice: Decision, end: float, known: dict[Decision, 
 def _lost(values: Floats) -> NDArray[np.bool_]:
     """Where the first of some plans is not the best, rounding apart: (settings,)."""
     first, best = values[:, 0], values.min(axis=1)
-    return ~np.isfinite(first) | (best < first * (1 - 1e-9 * np.sign(first)))
+    lost: NDArray[np.bool_] = ~np.isfinite(first) | (best < first * (1 - 1e-9 * np.sign(first)))
+    return lost
 
 
 def _between(a: float, b: float, whole: bool) -> float:

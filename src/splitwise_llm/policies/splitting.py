@@ -89,6 +89,11 @@ class LayerSplitting:
     """Nats that it is worth to have the whole model off the device. The default follows the released reward, to first
     order: a relative loss of perplexity is a loss of nats."""
 
+    @classmethod
+    def lossless(cls) -> LayerSplitting:
+        """With the shipped table, over a channel that loses nothing, as a link with retransmission is."""
+        return cls(SplitTable.shipped(), 0.0)
+
     def costs(self) -> NDArray[np.float64]:
         """(splits,): what is minimised."""
         share = np.array(self.table.splits) / self.table.num_layers
@@ -104,15 +109,16 @@ class LayerSplitting:
 
         Raises RequestError where there is none.
         """
-        spec, machines = observation.model, observation.machines
-        worker = next((n for n, view in enumerate(machines) if n and view.reachable), None)
+        spec, world = observation.model, observation.world
+        gone = {n for n, view in enumerate(observation.machines) if not view.reachable}
+        count = len(observation.machines) or (len(world.hosts) if world else 1)
+        worker = next((n for n in range(1, count) if n not in gone | observation.limits.unreachable), None)
         if worker is None or spec.num_layers == 1:
             raise RequestError("layer splitting needs a worker within reach and a model of two layers or more")
         for index in self.costs().argsort(kind="stable"):
             scaled = round(self.table.splits[index] * spec.num_layers / self.table.num_layers)
             cut = Partition.cut(spec, min(max(scaled, 1), spec.num_layers - 1), second=worker)
             decision = Decision(cut, observation.tools.wires[0])
-            world = observation.world
             if world is None or obstacle(world, decision, observation.job, observation.limits) is None:
                 return decision
         raise RequestError("no split of this model fits; add memory, or keep weights in int8 or int4")

@@ -3,11 +3,13 @@
 | module | holds |
 | --- | --- |
 | `physics` | the bills of menus as arrays; the cost of moves |
+| `batching` | a batching server: iterations, cache |
 | `params` | what a world is like |
-| `draws` | everything random, drawn beforehand |
+| `counters`, `paths`, `draws` | everything random, drawn beforehand: links and clouds, then requests |
 | `state` | a moment |
+| `phases` | what requests in flight take, and what work they leave |
 | `step` | from one event to the next |
-| `cloud` | a cloud that the devices load |
+| `endings`, `changes`, `cloud` | what an event brings: requests end; the world changes; a shared cloud governs |
 | `asking` | questions to decision makers, and their answers |
 | `episode` | a whole run and its records |
 | `scenarios` | the settings that claims are made for |

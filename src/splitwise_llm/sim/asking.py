@@ -18,11 +18,12 @@ import numpy as np
 
 from splitwise_llm.observation import Menu
 from splitwise_llm.sim.draws import Traces
+from splitwise_llm.sim.endings import SHED, Ended, end
 from splitwise_llm.sim.params import NEVER_S, Params
+from splitwise_llm.sim.phases import conditions, expected_left, work_left
 from splitwise_llm.sim.physics import CLOUD_S, DEVICE_S, TOKEN, Bools, Floats, Ints
 from splitwise_llm.sim.physics import PROMPT as PER_PROMPT
 from splitwise_llm.sim.state import DECODE, DELIVER, HELD, MOVE, PROMPT, WAIT, State
-from splitwise_llm.sim.step import SHED, Ended, conditions, end, expected_left, work_left
 
 REFUSE = STAY = -1
 LATER = -2

@@ -66,14 +66,15 @@ class Server:
             position_bytes=float(position * spec.num_layers),
         )
 
-    def iteration_s(self, batch: Floats, positions: Floats, chunk: float = 0.0) -> Floats:
-        """Seconds of an iteration in which `batch` sequences decode, reading `positions` cached positions together,
-        and `chunk` prompt positions are taken in. Equals `Host.model_s` for equal sequences."""
-        rows = batch + chunk
+    def iteration_s(self, decoded: Floats, positions: Floats, chunk: float = 0.0) -> Floats:
+        """Seconds of an iteration in which `decoded` positions are computed (one for each sequence, more where it
+        verifies drafts), reading `positions` cached positions together, and `chunk` prompt positions are taken in.
+        Equals `Host.model_s` for equal sequences."""
+        rows = decoded + chunk
         flop = rows * self.attention_row_s + (positions + chunk * REFERENCE_CONTEXT) * self.attention_position_s
         layer = np.maximum(flop, self.attention_weights_s + positions * self.cache_position_s)
         layer = layer + np.maximum(rows * self.ffn_row_s, self.ffn_weights_s) + 2 * self.launch_s
-        head = np.maximum(batch * self.head_row_s, self.head_weights_s) + self.launch_s
+        head = np.maximum(decoded * self.head_row_s, self.head_weights_s) + self.launch_s
         result: Floats = self.stretch * (self.layers * layer + head)
         return result
 

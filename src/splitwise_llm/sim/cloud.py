@@ -15,6 +15,8 @@ from splitwise_llm.sim.physics import CLOUD_S, Bools, Floats, Ints
 from splitwise_llm.sim.state import DECODE, MOVE, PROMPT, WAIT, State
 
 SOONEST_S = 1e-6
+SETTLED = 1e-4
+"""Relative change of a load below which nothing is priced anew."""
 RESIDENCE_STEP = 0.05
 """Weight of the newest in the mean time a session is held."""
 
@@ -46,13 +48,14 @@ def load(params: Params, s: State) -> None:
     joined = np.where(decoding, np.where(params.physics.streams[s.plan], 1.0, _visits(params, s)), 0.0)
     joined += (s.ghost > 0) & s.granted
     batch = joined.sum(axis=(1, 2)) + cloud.background
+    rows = (joined * params.physics.rows_per_step[s.plan]).sum(axis=(1, 2)) + cloud.background
     positions = (joined * _positions(params, s)).sum(axis=(1, 2)) + cloud.background * REFERENCE_CONTEXT
     filling = s.granted & ((s.phase == PROMPT) | (s.phase == MOVE)) & (s.unit[..., CLOUD_S] > 0)
     wanted = np.where(filling, s.unit[..., CLOUD_S] * s.fill[:, None, None] / np.maximum(s.unit[..., 0], 1e-9), 0.0)
     mixing = np.minimum(wanted.sum(axis=(1, 2)), 1.0)
     server, one = params.server, params.server.one_s
-    plain = server.iteration_s(np.maximum(batch, 1.0), np.maximum(positions, REFERENCE_CONTEXT))
-    mixed = server.iteration_s(batch, positions, float(cloud.chunk))
+    plain = server.iteration_s(np.maximum(rows, 1.0), np.maximum(positions, REFERENCE_CONTEXT))
+    mixed = server.iteration_s(rows, positions, float(cloud.chunk))
     alone = server.iteration_s(np.zeros(1), np.zeros(1), float(cloud.chunk))
     seconds = (1 - mixing) * plain + mixing * mixed
     slow, fill = seconds / one, mixed / alone
@@ -60,8 +63,8 @@ def load(params: Params, s: State) -> None:
     new = np.stack(
         [slow, slow / np.maximum(batch, 1.0), np.where(others, seconds / 2, 0.0), _admission_s(params, s)], axis=1
     )
-    changed = (np.abs(new[:, :3] - s.load[:, :3]) > 1e-3 * (new[:, :3] + 1e-9)).any(axis=1)
-    changed |= np.abs(fill - s.fill) > 1e-3 * fill
+    changed = (np.abs(new[:, :3] - s.load[:, :3]) > SETTLED * (new[:, :3] + 1e-9)).any(axis=1)
+    changed |= np.abs(fill - s.fill) > SETTLED * fill
     s.load[changed, :3], s.fill[changed] = new[changed, :3], fill[changed]
     s.load[:, 3] = new[:, 3]
     s.dirty |= changed[:, None, None] & s.granted & (s.phase >= PROMPT)

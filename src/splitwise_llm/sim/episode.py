@@ -12,10 +12,11 @@ import numpy as np
 from splitwise_llm.observation import Chooser
 from splitwise_llm.sim.asking import Question, answer, questions
 from splitwise_llm.sim.draws import Traces
+from splitwise_llm.sim.endings import ABANDONED, DONE, SHED, Ended, end
 from splitwise_llm.sim.params import NEVER_S, Params
 from splitwise_llm.sim.physics import MODES, Bools, Floats, Ints
 from splitwise_llm.sim.state import FREE, State, initial
-from splitwise_llm.sim.step import ABANDONED, DONE, SHED, Ended, Noted, end, step
+from splitwise_llm.sim.step import Noted, step
 
 MISSING = -1
 STATUS = {DONE: "done", SHED: "shed", ABANDONED: "abandoned", MISSING: "never came"}

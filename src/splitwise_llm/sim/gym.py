@@ -42,10 +42,11 @@ from splitwise_llm.errors import SpecError
 from splitwise_llm.observation import Menu
 from splitwise_llm.sim.asking import LATER, REFUSE, Question, answer, questions
 from splitwise_llm.sim.draws import draw, exchanged
+from splitwise_llm.sim.endings import DONE, Ended
 from splitwise_llm.sim.params import Params
 from splitwise_llm.sim.physics import Floats
 from splitwise_llm.sim.state import FREE, State, initial
-from splitwise_llm.sim.step import DONE, Ended, step
+from splitwise_llm.sim.step import step
 
 BETA_PER_S = 1 / 300
 FIXED = 16

@@ -100,6 +100,8 @@ class Physics:
         self.prompt_tokens = np.array([bill.job.prompt_tokens for bill in bills])
         self.cloud_layers = np.array([_cloud_share(bill.decision.partition) for bill in bills])
         """Share of the key/value groups that are in the cloud."""
+        self.rows_per_step = np.array([bill.decision.draft + 1 for bill in bills])
+        """Positions that a decoding step computes: one, and the drafted ones."""
         slots = worlds[0].hosts[CLOUD].device.slots
         self.slot_share = np.where(self.uses_cloud & worlds[0].hosts[CLOUD].is_shared, 1 / slots, 0.0)
         devices = [world.hosts[DEVICE].device for world in worlds]

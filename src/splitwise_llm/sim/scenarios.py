@@ -153,7 +153,7 @@ SCENARIOS: tuple[Scenario, ...] = (
              (*(Case((ORIN,), L7, rate, f"{rate}-{label}", None, SharedCloud(48, information_s=age))
                 for rate in (0.08, 0.12, 0.15, 0.2) for label, age in _RUSH),
               Case((ORIN, S23, PI5), L7, 0.15, "0.15-mixed", None, SharedCloud(48, information_s=10.0))),
-             _at(50), SharedCloud(48), burst=2.0, num_devices=120, slots=8),
+             _at(50), SharedCloud(48), burst=2.0, num_devices=120),
     Scenario("private-mec", "floor 2+2, MEC", "U wins; 1.4-1.8x over the static fp16 layer plan",
              _cases((ORIN, L7), (S23, L7), (PI5, L7), (ORIN, L13)), MEC, CALM_CLOUD, FLOOR),
     Scenario("private-wan", "floor 2+2, WAN", "edge and U in turn; 1.5-4x over the static plan",

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from splitwise_llm.lyapunov import NUM_VIRTUAL
-from splitwise_llm.sim.draws import Path, Traces
+from splitwise_llm.sim.draws import Traces
 from splitwise_llm.sim.params import NEVER_S, Params
+from splitwise_llm.sim.paths import Path
 from splitwise_llm.sim.physics import MODES, Bools, Floats, Ints
 
 FREE, HELD, WAIT, PROMPT, DECODE, MOVE, DELIVER = range(7)
