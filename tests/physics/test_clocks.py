@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings
-from strategies import partitions
 
 from splitwise_llm.cost import Host, Job, World, price
 from splitwise_llm.decision import Decision
 from splitwise_llm.partition import Partition
 from splitwise_llm.spec import DeviceSpec, LinkSpec, ModelSpec
+from strategies import partitions
 
 SPEC = ModelSpec("llama", 3, 64, 4, 2, 16, 128, 100, 512, 3, True)
 FAST = Host(DeviceSpec("fast", 1e16, 1e16, 1e12))

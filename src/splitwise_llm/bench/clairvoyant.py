@@ -10,6 +10,7 @@ reconnecting radios and failed moves, which only cost time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from splitwise_llm.sim.physics import PROMPT as PER_PROMPT
 from splitwise_llm.sim.step import SMALL_S, conditions
 
 _DOUBLINGS = 6
+_KEPT = 8
+_AT_ONCE = 512
+"""Classes whose moves are priced at a time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,6 +176,8 @@ class Network:
         low = -(-(self.prompt_tokens + tokens - CONTEXT_CLASS // 2) // CONTEXT_CLASS)
         high = (self.prompt_tokens + tokens + 1 + CONTEXT_CLASS // 2) // CONTEXT_CLASS
         if (low, high) not in self._moves:
+            if len(self._moves) >= _KEPT:  # a recorded link has thousands of classes
+                self._moves.clear()
             rates = np.maximum.reduce([self._move_rates(context) for context in range(low, high + 1)])
             with np.errstate(divide="ignore"):
                 least = 1 / rates.max(axis=-1)
@@ -183,14 +189,18 @@ class Network:
         physics, line, classes = self._physics, self._line, len(self._line.up)
         rates = np.zeros((self.size, self.size, classes))
         place = physics.moves.place[self.rows]
-        for home in np.unique(place).tolist():
-            row = self.rows[place == home][0]
-            table = np.full(classes, self._table)
-            entries = physics.moves.entries(table, np.full(classes, row), np.full(classes, context * 64.0), line.x)
-            stalls = entries.needs_link & ~line.up[:, None]
+        for home, begin in product(np.unique(place).tolist(), range(0, classes, _AT_ONCE)):
+            part = slice(begin, begin + _AT_ONCE)
+            plan = int(np.argmax(place == home))
+            x, up = line.x[part], line.up[part]
+            alike = np.ones(len(up), np.int64)
+            entries = physics.moves.entries(
+                alike * self._table, alike * self.rows[plan], np.full(len(up), float(context * CONTEXT_CLASS)), x
+            )
+            stalls = entries.needs_link & ~up[:, None]
             rate = np.where(stalls, 0.0, 1 / np.maximum(entries.seconds, SMALL_S))[:, place].T  # (plans, classes)
             for g in range(self.size):
-                here = rates[self.group[row - self.rows[0]], g]
+                here = rates[self.group[plan], g, part]
                 np.maximum(here, rate[self.group == g].max(axis=0), out=here)
         return rates
 

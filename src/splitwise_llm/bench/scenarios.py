@@ -55,6 +55,8 @@ FEW = (
     "cloud-only", "edge-only", "even-split", "best-static", "neurosurgeon", "edgeshard-latency", "router",
     "drift-selfish", "drift",
 )  # fmt: skip
+CROWD = 10
+CROWDED = ("cloud-only", "edge-only", "router", "drift-selfish", "drift", "cloud-only+tools", "drift+tools")
 ABLATION = (
     ("static layer plan", "edgeshard-latency", PLAIN, False),
     ("+ planned anew per request", "drift", PLAIN, False),
@@ -80,8 +82,10 @@ class Grid:
     keep: Path | None = None
     """A folder for cells; those that are there already are not run again."""
 
-    @property
-    def policies(self) -> tuple[str, ...]:
+    def policies(self, scenario: Scenario) -> tuple[str, ...]:
+        """Every rival with and without tools; a crowd of devices on one cloud is slow to simulate, so fewer there."""
+        if scenario.num_devices > CROWD:
+            return CROWDED
         names = FEW if self.quick else RIVALS
         return tuple(name + tools for tools in ("", WITH_TOOLS) for name in names)
 
@@ -210,7 +214,7 @@ def cell_from(data: dict[str, object]) -> Cell:
 def _cells(grid: Grid, setting: Setting, tell: Tell) -> list[Cell]:
     """Every policy that has a plan here; figures relative to others are paired by trace."""
     names = []
-    for policy in grid.policies:
+    for policy in grid.policies(setting.scenario):
         try:
             if not policy.startswith(HINDSIGHT):
                 setting.chooser(policy)

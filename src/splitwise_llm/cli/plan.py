@@ -180,10 +180,11 @@ def _answer(asked: _Asked, policy: str, json_file: Path | None) -> None:
     if not solution.exact:
         out.print(
             f"(best of {solution.considered} cuts and U-shapes; halves divided between machines "
-            + ("were searched for the fastest only)" if solution.shared_considered else "cannot pay beside these)"),
+            + ("were not all tried)" if solution.shared_considered else "cannot pay beside these)"),
             style="dim",
         )
     rows: dict[str, tuple[str, Price] | str] = {"best": _row(best, asked)}
+    divided = any(layer.is_shared for layer in best.decision.partition.layers)
     rows["runner-up"] = _row(other, asked) if other else "no other partition is admissible"
     rows |= {name: _row(one, asked) for name, one in prices.items()}
     out.print(plans_table({name: _escaped(row) for name, row in rows.items()}, best.total_s))
@@ -191,6 +192,10 @@ def _answer(asked: _Asked, policy: str, json_file: Path | None) -> None:
     question = Question(solver, Latency(), asked.loads, best.decision)
     flips = sensitivities(question, challengers, asked.batch, asked.wait_s)
     out.print(flips_table([_flip_row(each, asked) for each in flips]))
+    if divided:
+        out.print(
+            "(runner-up and flips are cuts or plans named here; other ways to divide halves are left out)", style="dim"
+        )
     write_json(
         json_file,
         {

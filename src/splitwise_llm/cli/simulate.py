@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def simulate(
-    scenario: Annotated[str, typer.Option(help="A row of docs/scenarios, as in flaky-wan.")],
+    scenario: Annotated[str, typer.Option(help="As in flaky-wan; `splitwise bench scenarios` runs them all.")],
     out_file: Annotated[Path, typer.Option("--out", help="Where to write a line of JSON per request.")],
     policy: Annotated[str, typer.Option(help="Who decides, as in cloud-only, neurosurgeon or drift.")] = "drift",
     case: Annotated[str, typer.Option(help="Device and model, as in orin-7b; default: the scenario's first.")] = "",

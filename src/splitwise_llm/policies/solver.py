@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import comb
+from math import comb, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +20,20 @@ from splitwise_llm.errors import RequestError
 from splitwise_llm.observation import Tools
 from splitwise_llm.partition import Part, Partition
 from splitwise_llm.plan import DEVICE
-from splitwise_llm.policies.assignments import Search
+from splitwise_llm.policies.assignments import Found, Search
 from splitwise_llm.policies.family import Family
 from splitwise_llm.policies.objective import Latency, Objective
 
 Floats = NDArray[np.float64]
+_Way = tuple[WirePrecision, int | None, int]
+"""Wire precision, prefill chunk, draft."""
 SMALL = 1500
 """Ways for halves to follow one another, times halves, up to which every assignment is searched, whatever it can
 bring: a second at most, for any objective."""
+
+MANY = 2000
+"""Ways to divide one layer beyond which divided halves are not searched: three machines and a large model. Layers
+divided in proportion to speed are then tried instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The best decision, the best of another partition, and how it was found."""
+    """The best decision, the best of another partition, and how it was found. The runner-up to one
+    that divides halves is not the next division, which would say nothing, but the best cut or rule."""
 
     best: Choice
     runner_up: Choice | None
@@ -60,6 +67,7 @@ class Solver:
         self.world, self.job, self.tools, self.limits = world, job, tools, limits
         workers = range(1, len(world.hosts)) or (DEVICE,)
         self.families = [Family(world, job, tools, worker, limits, step) for worker in workers]
+        self._fastest: dict[tuple[bytes, *_Way, bool], Found | None] = {}
 
     def __len__(self) -> int:
         return sum(len(family) for family in self.families)
@@ -104,26 +112,50 @@ class Solver:
     @property
     def _is_small(self) -> bool:
         """Whether a search over every assignment takes no longer than a few cuts."""
-        spec, machines = self.world.spec, len(self.world.hosts)
-        divisions = [comb(units_in(spec, part) + machines - 1, machines - 1) for part in Part]
-        return machines**2 * (2 * spec.num_layers) ** 2 * divisions[0] * divisions[1] <= SMALL
+        return len(self.world.hosts) ** 2 * (2 * self.world.spec.num_layers) ** 2 * self._divisions <= SMALL
+
+    @property
+    def _divisions(self) -> int:
+        """Ways to divide one layer over the machines."""
+        spec, others = self.world.spec, len(self.world.hosts) - 1
+        return prod(comb(units_in(spec, part) + others, others) for part in Part)
+
+    def _by_speed(self, conditions: Form) -> Iterator[Partition]:
+        """All layers that the floor lets go, divided over the device and some workers in proportion to their speed;
+        the workers are taken fastest first."""
+        spec, floor, basis = self.world.spec, self.limits.floor, self.world.basis
+        first, last = (floor.first_layers, floor.last_layers) if floor else (0, 0)
+        first = max(first, int(self.limits.first_layer_on_device))
+        speed = {
+            machine: 1 / (host.model_s(spec, 1, self.job.mean_context) * float(conditions[basis.slow(machine)]))
+            for machine, host in enumerate(self.world.hosts)
+        }
+        workers = sorted((m for m in speed if m != DEVICE), key=lambda machine: -speed[machine])
+        for number in range(1, len(workers) + 1):
+            weights = {machine: speed[machine] for machine in (DEVICE, *workers[:number])}
+            yield Partition.shared(spec, weights, range(first, spec.num_layers - last))
 
     def _searched(self, conditions: Form, objective: Objective, share: bool) -> Iterator[tuple[Decision | None, bool]]:
         """The best assignments, and whether they are proven to be.
 
-        For a large model only the fastest assignments in one chunk are searched; they are then driven in every way.
+        For a large model only the fastest assignments in one chunk are searched, and divided halves only on two
+        machines; what is found is then driven in every way.
         """
         found: dict[Partition, None] = {}
+        too_many = share and self._divisions > MANY
+        if too_many:
+            share = False
+            found = dict.fromkeys(self._by_speed(conditions))
         for wire, chunk, draft in self._tools():
             hard = not self._is_small and not (objective.only_time and chunk is None)
             if hard and (chunk is not None or draft != self.tools.drafts[0]):
                 continue
             sought = Latency() if hard else objective
-            search = Search(self.world, self.job, conditions, sought, self.limits, wire, chunk, draft, share=share)
-            result = search.best()
+            result = self._search(conditions, sought, (wire, chunk, draft), share)
             if result:
                 found[result.decision.partition] = None
-            yield (result.decision, result.exact and not hard) if result else (None, True)
+            proven = not hard and not too_many
+            yield (result.decision, result.exact and proven) if result else (None, proven)
         if not self._is_small:
             some_left = not objective.only_time or self.tools.chunks != (None,)
             for partition in found:
@@ -132,7 +164,17 @@ class Solver:
                     if obstacle(self.world, decision, self.job, self.limits) is None:
                         yield decision, not some_left
 
-    def _tools(self) -> Iterator[tuple[WirePrecision, int | None, int]]:
+    def _search(self, conditions: Form, objective: Objective, way: _Way, share: bool) -> Found | None:
+        """The best assignment driven in one way; the fastest one is remembered, since many objectives ask for it."""
+        key = (conditions.tobytes(), *way, share)
+        if isinstance(objective, Latency) and key in self._fastest:
+            return self._fastest[key]
+        found = Search(self.world, self.job, conditions, objective, self.limits, *way, share=share).best()
+        if isinstance(objective, Latency):
+            self._fastest[key] = found
+        return found
+
+    def _tools(self) -> Iterator[_Way]:
         for wire in self.tools.wires:
             for chunk in self.tools.chunks:
                 if chunk is None or chunk < self.job.prompt_tokens:

@@ -25,7 +25,6 @@ from splitwise_llm.sim.phases import SMALL_S, conditions, refresh, work_left
 from splitwise_llm.sim.physics import DEVICE_S, DOWN_S, TOKEN, Bools, Floats, Ints
 from splitwise_llm.sim.state import DECODE, FREE, MOVE, PROMPT, WAIT, State
 
-
 SETTLING_ROUNDS = 30
 
 
@@ -47,17 +46,13 @@ def rates(params: Params, traces: Traces, s: State) -> tuple[Floats, Bools]:
     running = (s.phase >= WAIT) & (s.hold_s <= 0) & (~s.needs_link | up[:, :, None])
     rate = np.zeros(s.left.shape)
     np.divide(1.0, s.unit[..., 0], out=rate, where=running)
-    use = s.unit[..., DEVICE_S : DOWN_S + 1] * rate[..., None]  # (e, d, s, 3): share of device, up, down
-    total = use.sum(axis=2)
-    if params.slots > 1:
-        e, d = np.nonzero(total[..., 0] > 1 + EPS)
+    for lane in range(DEVICE_S, DOWN_S + 1) if params.slots > 1 else ():
+        use = s.unit[..., lane] * rate  # (e, d, s); whom an earlier lane holds up asks for less of the later ones
+        total = use.sum(axis=2)
+        e, d = np.nonzero(total > 1 + EPS)
         if len(e):
-            rate[e, d] *= _first_come(use[e, d, :, 0], s.request[e, d])
-        for lane in (1, 2):
-            e, d = np.nonzero(total[..., lane] > 1 + EPS)
-            if len(e):
-                users = use[e, d, :, lane] > EPS
-                rate[e, d] *= np.where(users, 1 / total[e, d, lane, None], 1.0)
+            slowed = np.where(use[e, d] > EPS, 1 / total[e, d, None], 1.0)
+            rate[e, d] *= _first_come(use[e, d], s.request[e, d]) if lane == DEVICE_S else slowed
     if params.is_shared:
         rate *= cloud.shares(s, rate)
     return rate, up
