@@ -198,16 +198,19 @@ def test_nominal_weights_are_what_work_costs_later_arrivals_of_a_queue() -> None
 
 # Dies when lyapunov.py says `- theta` for `- theta * frame_s`.
 def test_theta_settles_at_the_cost_per_time() -> None:
-    penalty, theta = Penalty(1.0), np.array(0.0)
+    penalty, theta, elapsed = Penalty(1.0), np.array(0.0), np.array(0.0)
     rng = np.random.default_rng(1)
-    for frame in range(1, 4000):
+    for _ in range(4000):
         long = rng.random() < 0.5
-        theta = next_theta(theta, np.array(6.0 if long else 1.0), np.array(2.0 if long else 1.0), frame)
+        frame = np.array(2.0 if long else 1.0)
+        elapsed = elapsed + frame
+        theta = next_theta(theta, np.array(6.0 if long else 1.0), frame, elapsed)
     assert theta == pytest.approx(3.5 / 1.5, rel=0.05)
     value = ratio_objective(
-        penalty, np.array(6.0), np.ones(4), np.ones(4), np.full(4, 0.5), ZERO, ZERO, np.array(3.0), np.array(2.0)
-    )
-    assert value == 6 + 4 * (1 - 0.5 * 3) - 2 * 3
+        penalty, np.array(6.0), np.ones(4), np.ones(4), np.full(4, 2.0), np.full(4, 0.5), ZERO, ZERO, np.array(3.0),
+        np.array(2.0),
+    )  # fmt: skip
+    assert value == 6 + 4 * 2 * (1 - 0.5 * 3) - 2 * 3
 
 
 @pytest.mark.parametrize("wrong", [{"t_ref_s": 0.0}, {"v": 0.0}, {"w_energy": -1.0}, {"e_ref_j": 0.0}, {"n_ref": -1.0}])

@@ -149,19 +149,25 @@ def drained(virtual: Floats, budgets: Budgets, joules: Floats, seconds: Floats) 
 
 
 def ratio_objective(
-    penalty: Penalty, cost: Floats, queues: Floats, work: Floats, speed: Floats, virtual: Floats, y: Floats,
-    frame_s: Floats, theta: Floats,
+    penalty: Penalty, cost: Floats, queues: Floats, work: Floats, weights: Floats, speed: Floats, virtual: Floats,
+    y: Floats, frame_s: Floats, theta: Floats,
 ) -> Floats:  # fmt: skip
     """For objectives per time whose frames the action makes (closed loop, think time):
-    `V c + sum Q_i (x_i - mu_i F) + sum Z_j y_j - theta F`; theta follows the ratio by 1/k steps (`next_theta`)."""
-    physical = (queues * (work - speed * frame_s[..., None])).sum(axis=-1)
+    `V c + sum w_i Q_i (x_i - mu_i F) + sum Z_j y_j - theta F`; theta follows `V c` per second (`next_theta`)."""
+    physical = (weights * queues * (work - speed * frame_s[..., None])).sum(axis=-1)
     result: Floats = penalty.v * cost + physical + (virtual * y).sum(axis=-1) - theta * frame_s
     return result
 
 
-def next_theta(theta: Floats, value: Floats, frame_s: Floats, frames: int) -> Floats:
-    """Theta after frame number `frames` (from 1): a 1/k step towards the cost per time."""
-    return theta + (value - theta * frame_s) / frames
+def next_theta(theta: Floats, value: Floats, frame_s: Floats, elapsed_s: Floats) -> Floats:
+    """Theta after a frame that took `value` (`V c`), the last of frames that took `elapsed_s` together: a 1/k step
+    in units of the mean frame, so that no unit of time matters. Theta is then what all frames took per second."""
+    return theta + (value - theta * frame_s) / elapsed_s
+
+
+def at_cap(virtual: Floats) -> NDArray[np.bool_]:
+    """Which virtual queues (..., 4) have stopped at the cap: their budgets are infeasible and are to be reported."""
+    return np.asarray(virtual >= CAP)
 
 
 def scaled(penalty: Penalty, factor: float) -> Penalty:

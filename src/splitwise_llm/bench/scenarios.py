@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from splitwise_llm.bench.causal import Causal
 from splitwise_llm.bench.cells import (
     HINDSIGHT,
     TOOLS,
@@ -222,7 +223,7 @@ def _cells(grid: Grid, setting: Setting, tell: Tell) -> list[Cell]:
         except RequestError as error:
             tell(f"  {policy} does not apply: {str(error)[:160]}")
     means = {name: by_trace(setting.run(name), setting.run(name).total_s) for name in names}
-    clairvoyant = _clairvoyant(setting)
+    clairvoyant, causal = _clairvoyant(setting), _causal(setting)
     cells = []
     for name in names:
         extra: dict[str, Estimate] = {}
@@ -230,8 +231,9 @@ def _cells(grid: Grid, setting: Setting, tell: Tell) -> list[Cell]:
         if static in means:
             extra["factor_over_static"] = ratio(means[static], means[name])
         if clairvoyant is not None:
-            regret = ratio(means[name], clairvoyant)
-            extra["regret_clairvoyant"] = Estimate(regret.value - 1, regret.low - 1, regret.high - 1)
+            extra["regret_clairvoyant"] = _regret(means[name], clairvoyant)
+        if causal is not None:
+            extra["regret_causal"] = _regret(means[name], causal)
         if not name.startswith(HINDSIGHT):
             value = decision_ms_p99(setting, name)
             extra["decision_ms_p99"] = Estimate(value, value, value)
@@ -246,6 +248,24 @@ def _clairvoyant(setting: Setting) -> np.ndarray[tuple[int, ...], np.dtype[np.fl
         return None
     bound = clairvoyant_bound(setting.params, setting.traces)
     return by_trace(setting.run("cloud-only"), bound)
+
+
+def _causal(setting: Setting) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None:
+    """Mean latency per trace of the best policy that knows the statistics and not the future, for a request alone,
+    with all tools; None where there is none to compute."""
+    try:
+        chooser = Causal(setting.params)
+    except SpecError:
+        return None
+    records = simulate(setting.params, setting.traces, chooser)
+    return by_trace(records, records.total_s)
+
+
+def _regret(
+    mine: np.ndarray[tuple[int, ...], np.dtype[np.float64]], bound: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+) -> Estimate:
+    over = ratio(mine, bound)
+    return Estimate(over.value - 1, over.low - 1, over.high - 1)
 
 
 def ablation(setting: Setting) -> Ablation:

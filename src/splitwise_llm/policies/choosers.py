@@ -93,6 +93,7 @@ class TableChooser:
             menu.virtual[:, None, :],
             self.budgets,
             menu.remaining_tokens[:, None],
+            menu.waited_s[:, None],
         )
 
     def _prepare(self, table: Table) -> _Prepared:

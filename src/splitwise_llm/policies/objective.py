@@ -63,6 +63,8 @@ class DriftPlusPenalty:
     budgets: Budgets = field(default_factory=Budgets)
     tokens: Floats | float = 128.0
     """Of the request, for the accuracy budget."""
+    waited_s: Floats | float = 0.0
+    """Since the request arrived: the deadline counts from there."""
 
     @property
     def only_time(self) -> bool:
@@ -74,7 +76,7 @@ class DriftPlusPenalty:
         )  # (..., plans, 4)
         missed = np.zeros_like(prices.total_s)
         if self.budgets.deadline_s is not None:
-            missed = (prices.total_s > self.budgets.deadline_s).astype(float)
+            missed = (self.waited_s + prices.total_s > self.budgets.deadline_s).astype(float)
         tokens = np.asarray(self.tokens)
         g = lyapunov.overspending(self.budgets, prices.device_j, missed, prices.nats, tokens)
         c0 = self.penalty.c0(prices.service_s, prices.device_j, prices.nats)
