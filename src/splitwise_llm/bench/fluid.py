@@ -20,6 +20,8 @@ from splitwise_llm.sim.params import CloudProcess, LinkProcess, Params
 from splitwise_llm.sim.physics import DEVICE_S, DOWN_S, PROMPT, TOKEN
 from splitwise_llm.sim.step import conditions
 
+ADMISSION = 2
+
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
@@ -44,7 +46,7 @@ class States:
 
     @classmethod
     def of(cls, params: Params, traces: Traces) -> States:
-        """Raises SpecError for a cloud that devices load, recorded links and days: they have no classes of their own."""
+        """Raises SpecError for a cloud that devices load, recorded links and days: their classes are not given."""
         link, cloud = params.link, params.cloud
         if not isinstance(cloud, CloudProcess) or params.segments or link.up or link.down or link.rtt:
             raise SpecError("a fluid bound is for generated links and a cloud that the devices do not load")
@@ -63,39 +65,31 @@ def capacity(params: Params, traces: Traces, allowed: Bools, *, moves: bool = Fa
     bound: order, chance and what stands still while it waits take the rest.
     """
     physics, states = params.physics, States.of(params, traces)
-    later = params.mean_tokens - 1
     plans, size = np.nonzero(allowed)[0], len(states.share)
-    phases = (PROMPT, TOKEN, None)  # None: waiting for the cloud's admission
-    upper: list[float | None] = []
-    load = np.zeros((4, size, len(phases), len(plans), size))  # device, up, down, slots of each state
-    for p, phase in enumerate(phases):
-        for c in range(size):
-            if phase is None:
-                seconds = np.where(physics.uses_cloud[plans], params.cloud_rows[c % len(params.cloud_rows), 3], 0.0)
-                load[3, c, p, :, c] = seconds
-                upper += [None] * len(plans)
-                continue
+    cloud = physics.uses_cloud[plans]
+    phases = (PROMPT, TOKEN, ADMISSION)
+    load = np.zeros((4, size, len(phases), size, len(plans)))  # device, up, down, slots: of a state, by unknown
+    blocked = np.zeros((len(phases), size, len(plans)), bool)
+    for c in range(size):
+        for phase in (PROMPT, TOKEN):
             unit = physics.all_units(phase, 0, states.conditions[c : c + 1])[0, plans]
-            load[:3, c, p, :, c] = unit[:, DEVICE_S : DOWN_S + 1].T
-            load[3, c, p, :, c] = unit[:, 0]
-            blocked = physics.needs_link[phase, plans] & ~states.is_up[c]
-            upper += [0.0 if no else None for no in blocked]
-    # Variables: (phase, state, plan), then requests per second by plan.
-    rows = np.moveaxis(load, 3, 4).reshape(4 * size, -1)
+            load[:3, c, phase, c] = unit[:, DEVICE_S : DOWN_S + 1].T
+            load[3, c, phase, c] = unit[:, 0]
+            blocked[phase, c] = physics.needs_link[phase, plans] & ~states.is_up[c]
+        load[3, c, ADMISSION, c] = states.conditions[c, physics.places.wait] * cloud
     room = np.repeat([1.0, 1.0, 1.0, float(params.slots)], size) * np.tile(states.share, 4)
-    wanted = np.array([1.0, later, 1.0])
     balance = []
-    for p in range(len(phases)):
-        for own in np.eye(len(plans)) if not moves else [np.ones(len(plans))]:
-            needs = own * (physics.uses_cloud[plans] if phases[p] is None and not moves else 1.0)
-            if moves and phases[p] is None:
-                continue  # whoever asks for nothing waits for nothing
+    for phase, per_request in zip(phases, (1.0, params.mean_tokens - 1, 1.0), strict=True):
+        if moves and phase == ADMISSION:
+            continue  # whoever asks for nothing waits for nothing
+        for own in [np.ones(len(plans))] if moves else np.eye(len(plans)):
             done = np.zeros((len(phases), size, len(plans)))
-            done[p] = own
-            balance.append(np.concatenate([done.ravel(), -wanted[p] * needs]))
-    rows = np.concatenate([rows, np.zeros((len(rows), len(plans)))], axis=1)
-    gain = np.concatenate([np.zeros(rows.shape[1] - len(plans)), -np.ones(len(plans))])
-    bounds = [(0.0, most) for most in [*upper, *([None] * len(plans))]]
+            done[phase] = own
+            balance.append(np.concatenate([done.ravel(), -per_request * own]))
+    requests = np.zeros((4 * size, len(plans)))
+    rows = np.concatenate([load.reshape(4 * size, -1), requests], axis=1)
+    gain = np.concatenate([np.zeros(blocked.size), -np.ones(len(plans))])
+    bounds = [(0.0, 0.0 if no else None) for no in [*blocked.ravel(), *([False] * len(plans))]]
     found = linprog(gain, rows, room, np.array(balance), np.zeros(len(balance)), bounds)
     if not found.success:
         raise SpecError(f"no fluid bound: {found.message}")

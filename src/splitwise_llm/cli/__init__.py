@@ -5,7 +5,17 @@ from __future__ import annotations
 import signal
 import sys
 
-from splitwise_llm.cli import benches, machines, plan, profile, reproductions, scenarios, simulate, yardsticks
+from splitwise_llm.cli import (
+    benches,
+    machines,
+    plan,
+    profile,
+    reproductions,
+    scenarios,
+    simulate,
+    stability,
+    yardsticks,
+)
 from splitwise_llm.cli.options import app
 from splitwise_llm.errors import SplitwiseError, UserError
 
@@ -19,6 +29,7 @@ __all__ = [
     "reproductions",
     "scenarios",
     "simulate",
+    "stability",
     "yardsticks",
 ]
 

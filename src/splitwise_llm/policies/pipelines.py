@@ -276,10 +276,10 @@ class EdgeShard:
                 route = _LATENCY[self.program](filled(False))
             if route:
                 found[route.partition(world.spec)] = None
-        return _driven(world, list(found), replace(observation, limits=limits), conditions)
+        return driven(world, list(found), replace(observation, limits=limits), conditions)
 
 
-def _driven(world: World, partitions: list[Partition], observation: Observation, conditions: Form) -> Decision:
+def driven(world: World, partitions: list[Partition], observation: Observation, conditions: Form) -> Decision:
     """The fastest way to drive any of some partitions with the tools there are."""
     job, tools = observation.job, observation.tools
     ways = [

@@ -5,6 +5,7 @@ model whose activations lose elements on the way. It does not learn; `bench` com
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from splitwise_llm.cost import obstacle
 from splitwise_llm.decision import Decision
 from splitwise_llm.errors import RequestError, SpecError
 from splitwise_llm.observation import Observation
 from splitwise_llm.partition import Partition
+from splitwise_llm.policies.pipelines import driven
 
 INFERENCE_FACTOR = 10.5
 """What the released code (Kanra13-ch/adaptive_layersplit, train.py) weighs a relative loss of perplexity with, against
@@ -115,10 +116,14 @@ class LayerSplitting:
         worker = next((n for n in range(1, count) if n not in gone | observation.limits.unreachable), None)
         if worker is None or spec.num_layers == 1:
             raise RequestError("layer splitting needs a worker within reach and a model of two layers or more")
+        floor = observation.limits.floor
+        last = floor.last_layers if floor else 0
         for index in self.costs().argsort(kind="stable"):
             scaled = round(self.table.splits[index] * spec.num_layers / self.table.num_layers)
-            cut = Partition.cut(spec, min(max(scaled, 1), spec.num_layers - 1), second=worker)
-            decision = Decision(cut, observation.tools.wires[0])
-            if world is None or obstacle(world, decision, observation.job, observation.limits) is None:
-                return decision
-        raise RequestError("no split of this model fits; add memory, or keep weights in int8 or int4")
+            at = min(max(scaled, floor.first_layers if floor else 1), spec.num_layers - max(last, 1))
+            cut = Partition.u_shape(spec, at, last, inner=worker) if floor else Partition.cut(spec, at, second=worker)
+            if world is None:
+                return Decision(cut, observation.tools.wires[0])
+            with suppress(RequestError):  # memory or a limit forbids it
+                return driven(world, [cut], observation, world.conditions(observation.loads))
+        raise RequestError("layer splitting: no split of this model fits; add memory, or keep weights in int8 or int4")
