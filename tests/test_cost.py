@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from physics.worlds import CHAT, FP16, LINKS, SMALL, box, edge_and_cloud, jobs, on, world, worlds
+from physics.examples import CHAT, FP16, LINKS, SMALL, box, edge_and_cloud, jobs, on, world, worlds
 from splitwise_llm.cost import (
     IDLE,
     Basis,

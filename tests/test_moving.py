@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from physics.worlds import FP16, LINKS, SMALL, box, edge_and_cloud, on, world, worlds
+from physics.examples import FP16, LINKS, SMALL, box, edge_and_cloud, on, world, worlds
 from splitwise_llm.cost import Job, Load, Moving, World, bill, moving
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.partition import Partition

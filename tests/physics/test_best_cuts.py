@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from physics.worlds import FP16, edge_and_cloud
+from physics.examples import FP16, edge_and_cloud
 from splitwise_llm.cost import Form, Job, Load, Table, World, bill
 from splitwise_llm.decision import Decision
 from splitwise_llm.partition import Partition

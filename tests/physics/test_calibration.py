@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from physics.worlds import model, on, shipped
+from physics.examples import model, on, shipped
 from splitwise_llm.cost import Host, Job, World, price
 from splitwise_llm.spec import Dtype, Weights
 

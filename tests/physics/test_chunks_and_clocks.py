@@ -12,8 +12,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from physics.examples import FP16, LINKS, SMALL, box, edge_and_cloud, jobs, on, serial_partitions, world, worlds
 from physics.timeline import first_token_s, token_s
-from physics.worlds import FP16, LINKS, SMALL, box, edge_and_cloud, jobs, on, serial_partitions, world, worlds
 from splitwise_llm.cost import Job, World, bill
 from splitwise_llm.decision import Decision
 from splitwise_llm.partition import Partition

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from physics.worlds import SMALL, box, jobs, worlds
+from physics.examples import SMALL, box, jobs, worlds
 from splitwise_llm.cost import Bill, Host, Job, World, assigned_kv_bytes, assigned_weight_bytes, bill, model_flop, price
 from splitwise_llm.cost.bill import flop
 from splitwise_llm.decision import Decision

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from physics.worlds import CHAT, SMALL, box, edge_and_cloud, jobs, on, world, worlds
+from physics.examples import CHAT, SMALL, box, edge_and_cloud, jobs, on, world, worlds
 from splitwise_llm.cost import Job, Load, Table, Tariff, World, bill, price
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.partition import Partition

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from physics.worlds import CHAT, FP16, LINKS, SMALL, box, edge_and_cloud, jobs, on, world, worlds
+from physics.examples import CHAT, FP16, LINKS, SMALL, box, edge_and_cloud, jobs, on, world, worlds
 from splitwise_llm.cost import Accuracy, Floor, Host, Job, Limits, World, bill, memory_bytes, obstacle, price
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import SpecError

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from physics.examples import CHAT, LINKS, SMALL, box, edge_and_cloud, jobs, on, only, serial_partitions, world, worlds
 from physics.timeline import first_token_s, token_s
-from physics.worlds import CHAT, LINKS, SMALL, box, edge_and_cloud, jobs, on, only, serial_partitions, world, worlds
 from splitwise_llm.cost import Job, World, bill, price
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.partition import Partition
@@ -106,7 +106,7 @@ def test_bytes_are_those_the_plan_sends_for_any_decision(data: st.DataObject) ->
     assert shown.down_bytes == sum(size for (_, dst), size in sent.items() if dst == 0)
 
 
-# Dies when cost/bill.py says `{machine: self._compute(` for `{machine: arrivals.get(machine, 0) + self._compute(`.
+# Dies when cost/bill.py says `.get(machine, 0) * 0 + self._compute(` for `.get(machine, 0) + self._compute(`.
 @given(st.data())
 def test_a_walk_takes_as_long_as_a_timeline_of_its_tasks_where_halves_are_whole(data: st.DataObject) -> None:
     here, job = data.draw(worlds()), data.draw(jobs())

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from physics.worlds import CHAT, FP16, LINKS, box, edge_and_cloud, model, on, only, shipped, world
+from physics.examples import CHAT, FP16, LINKS, box, edge_and_cloud, model, on, only, shipped, world
 from splitwise_llm.cost import Host, Job, World, bill, price
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.partition import Part, Partition

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from physics.worlds import CHAT, SMALL, box, jobs, only, world, worlds
+from physics.examples import CHAT, SMALL, box, jobs, only, world, worlds
 from splitwise_llm.cost import Drafter, World, bill, obstacle, price
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError

@@ -20,7 +20,7 @@ from splitwise_llm.lyapunov import Budgets, Penalty
 from splitwise_llm.observation import PLAIN, Menu, Tools
 from splitwise_llm.policies.choosers import TableChooser
 from splitwise_llm.policies.menus import menu as make_table
-from splitwise_llm.policies.objective import DriftPlusPenalty, Latency
+from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
 from splitwise_llm.policies.planners import PLANNERS, typical
 from splitwise_llm.records import Estimate
 from splitwise_llm.sim.asking import questions
@@ -125,7 +125,7 @@ def system(row: Row, tools: Tools = PLAIN, accuracy: Accuracy = NO_LOSS, budgets
     case = replace(scenario.case(row.case), per_s=row.per_s)
     world, job = worlds(scenario, case, accuracy=accuracy)[0]
     penalty, weights = typical(world, job, tools, scenario.limits, case.per_s)
-    goals = [Latency(), DriftPlusPenalty(penalty, weights)]
+    goals: list[Objective] = [Latency(), DriftPlusPenalty(penalty, weights)]
     each = [replace(tools, wires=(wire,)) for wire in tools.wires]
     table = make_table(world, job, each, scenario.limits, load_states(world, scenario, case), goals)
     params = build(scenario, case, [table], budgets=budgets)
@@ -191,7 +191,7 @@ def trade_off(amount: Amount, swept: Sequence[float], figures: Figures, tell: Te
     penalty, weights = made.typical()
     least = least_penalty(made.params, traces, made.allowed, penalty)
     figures.add("c0_limit", least, "linear program: no choice of plans by class costs less and keeps up")
-    gaps, backlogs, latencies = [], [], []
+    gaps, backlogs, latencies = list[Floats](), list[tuple[Floats, Floats]](), list[float]()
     for v in swept:
         tell(f"V = {v:g}")
         chooser = FixedWeights(replace(penalty, v=v, wait_term=False), weights)
@@ -203,22 +203,28 @@ def trade_off(amount: Amount, swept: Sequence[float], figures: Figures, tell: Te
         c0 = _by_world(decided[late, 0], decided[late, 2], amount.traces)
         late = records.queue_s > SETTLED * end_s
         backlog = _by_world(records.queue_world[late], records.work_s[late].sum(axis=1), amount.traces)
+        device = _by_world(records.queue_world[late], records.work_s[late, 0], amount.traces)
         waiting = simulate(made.params, traces, replace(chooser, penalty=replace(penalty, v=v)), end_s)
         done = np.where(waiting.status == 0, waiting.total_s, np.nan)
         latency = by_trace(waiting, done, np.nanmean)
-        for name, values in (("c0", c0), ("backlog_s", backlog), ("latency_s", latency)):
+        for name, values in (("c0", c0), ("backlog_s", backlog), ("device_backlog_s", device), ("latency_s", latency)):
             _add(figures, f"v_{v:g}/{name}", mean_estimate(values))
         gaps.append(c0 - least)
-        backlogs.append(backlog)
-        latencies.append(latency.mean())
-    v = np.array(swept)
+        backlogs.append((backlog, device))
+        latencies.append(float(latency.mean()))
+    _slopes(np.array(swept), np.array(gaps), np.array(backlogs), figures)
+    figures.add("latency_best_v", swept[int(np.argmin(latencies))], "wait term on")
+
+
+def _slopes(v: Floats, gaps: Floats, backlogs: Floats, figures: Figures) -> None:
+    """How the gap (V's, traces) and the backlogs (V's, 2, traces) of all queues and of the device follow V."""
     fitted = v >= FITTED
-    _add(figures, "c0_gap_slope", _log_slope(v[fitted], np.array(gaps)[fitted]), "log-log; -1: the gap falls as 1/V")
-    _add(figures, "backlog_slope", _log_slope(v[fitted], np.array(backlogs)[fitted]), "log-log; at most 1: O(V)")
-    _add(figures, "c0_gap_slope_all_v", _log_slope(v, np.array(gaps)), "of every V, small ones included")
-    scaled_gap = (np.array(gaps).mean(axis=1) * v)[fitted]
-    figures.add("c0_gap_times_v_max", float(scaled_gap.max()), "bounded as V grows, if the gap is O(1/V)")
-    figures.add("latency_best_v", float(v[int(np.argmin(latencies))]), "wait term on")
+    _add(figures, "c0_gap_slope", _log_slope(v[fitted], gaps[fitted]), "log-log; -1: the gap falls as 1/V")
+    _add(figures, "backlog_slope", _log_slope(v[fitted], backlogs[fitted, 0]), "log-log; at most 1: O(V)")
+    _add(figures, "device_backlog_slope", _log_slope(v[fitted], backlogs[fitted, 1]), "the queue that V fills")
+    _add(figures, "c0_gap_slope_all_v", _log_slope(v, gaps), "of every V, small ones included")
+    times_v = (gaps.mean(axis=1) * v)[fitted]
+    figures.add("c0_gap_times_v_max", float(times_v.max()), "bounded as V grows, if the gap is O(1/V)")
 
 
 def growth(records: Records, per_s: float, end_s: float) -> Floats:
@@ -296,7 +302,8 @@ def run_stability(quick: bool, tell: Tell) -> Figures:
         "stability",
         {
             "quick": quick, "trade_off": f"{TRADE_OFF.scenario}.{TRADE_OFF.case} at {TRADE_OFF.per_s}/s",
-            "stability": f"{STABILITY.scenario}.{STABILITY.case}", "budgets": [f"{row.scenario}.{row.case} at {row.per_s}/s" for _, row, _, _ in BUDGETED],
+            "stability": f"{STABILITY.scenario}.{STABILITY.case}",
+            "budgets": [f"{row.scenario}.{row.case} at {row.per_s}/s" for _, row, *_ in BUDGETED],
             "traces": [sweep.traces, long.traces, spending.traces],
             "requests_per_trace": [sweep.requests, long.requests, spending.requests], "limits": "95 % over traces",
             "warm_up": [SETTLED, WARM_UP],

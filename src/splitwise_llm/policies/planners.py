@@ -238,7 +238,7 @@ def typical(
     penalty = Penalty(t_ref_s=float(prices.service_s.min()), e_ref_j=max(float(prices.device_j.min()), 1e-9))
     work = np.stack([prices.work.device_s, prices.work.up_s, prices.work.down_s, prices.work.cloud_s], axis=-1)
     mean = work.max(axis=0)  # of the plans that use a queue, the one that is made for it
-    load = np.minimum(arrivals_per_s * mean, 0.95)
+    load = np.minimum(arrivals_per_s * mean, SHARED_LOAD)
     load[3] = SHARED_LOAD
     return penalty, nominal_weights(penalty, mean, load)
 
