@@ -87,7 +87,7 @@ def test_partial_sums_reach_the_joiner_before_the_stream_goes_on_to_a_head_elsew
         assert rtts == pytest.approx(0.5 + 15 + 1 + 0.5)
 
 
-# Dies when cost/bill.py says `[computed[src] for (src, dst)` for `[computed[src] + crossing for (src, dst)`.
+# Dies when cost/bill.py says `form += 0 * basis.form({0: software_s` for `form += basis.form({0: software_s`.
 def test_a_shared_layer_and_a_shared_model_cost_the_one_way_trips_of_their_plans() -> None:
     """Two for a layer, for what carries the other's attention on to the FFN does not wait; 2 L for L layers."""
     here = world(SMALL, box(), box(), link=LinkSpec(0.1, 1e9, 1e9))

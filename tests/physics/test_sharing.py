@@ -51,7 +51,7 @@ def test_without_delay_a_shared_half_takes_e_c_over_e_plus_c(eighths: int) -> No
     assert one.ttft.at(x) == pytest.approx(ideal(128, 128))
 
 
-# Dies when cost/bill.py says `[computed[src] for (src, dst)` for `[computed[src] + crossing for (src, dst)`.
+# Dies when cost/bill.py says `form += 0 * basis.form({0: software_s` for `form += basis.form({0: software_s`.
 @pytest.mark.parametrize("exchange_over_saving", [0.8, 0.9, 1.1, 1.2])
 def test_sharing_pays_if_and_only_if_the_exchange_costs_less_than_it_saves(exchange_over_saving: float) -> None:
     fast = world(EIGHTHS, box(), times(box(), 1 / 3))
@@ -67,7 +67,7 @@ def test_sharing_pays_if_and_only_if_the_exchange_costs_less_than_it_saves(excha
     assert (shared.tpot_s < alone.tpot_s) == (exchange_over_saving < 1)
 
 
-# Dies when cost/bill.py says `[computed[src] for (src, dst)` for `[computed[src] + crossing for (src, dst)`.
+# Dies when cost/bill.py says `form += 0 * basis.form({0: software_s` for `form += basis.form({0: software_s`.
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("edge", ["orin-nx", "s23", "pi5"])
 def test_beside_a_datacentre_card_any_division_is_worse_than_a_cut(edge: str, link: str) -> None:
@@ -97,7 +97,7 @@ def board_tokens_per_s(number: int, name: str = "llama-2-7b") -> float:
     return 1 / price(here, Decision(whole, WirePrecision.INT8), short).tpot_s
 
 
-# Dies when cost/bill.py says `[computed[src] for (src, dst)` for `[computed[src] + crossing for (src, dst)`.
+# Dies when cost/bill.py says `form += 0 * basis.form({0: software_s` for `form += basis.form({0: software_s`.
 @pytest.mark.parametrize(
     ("number", "name", "published"),
     [

@@ -96,9 +96,8 @@ class Grid:
             return scenario.cases
         if scenario.name == "rush-hour":
             return tuple(case for case in scenario.cases if case.name.endswith("0.15-live"))
-        if scenario.name == "long-prompt":
-            return scenario.cases[:1]
-        return scenario.cases[:1] if scenario.num_devices > 1 else scenario.cases[:2]
+        one = scenario.name == "long-prompt" or scenario.num_devices > 1 or scenario.is_recorded
+        return scenario.cases[: 1 if one else 2]
 
     def size_of(self, scenario: Scenario) -> Size:
         """Worlds of many devices are fewer, and shorter for each device."""
