@@ -19,6 +19,7 @@ from splitwise_llm.decision import Decision
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import Step
 from splitwise_llm.spec import LinkSpec
+from strategies import partitions
 
 
 def ratio(here: World, decision: Decision, prompt: int) -> float:
@@ -97,21 +98,12 @@ def test_a_shared_layer_and_a_shared_model_cost_the_one_way_trips_of_their_plans
         assert one.tpot.at(x) == one.plan.round_trips_per_token == trips
 
 
-EARLY = {
-    "a half shared by three after one shared by two": (
-        "edge[0:3] edge+cloud+third[3](kv=edge:0-3,cloud:4-7 ffn=edge:0-2,cloud:3-5,third:6-7) edge[4:8]"
-    ),
-    "one shared half whose sum goes on where the stream had to come first": (
-        "cloud[0:3] edge+cloud[3](kv=cloud:0-7 ffn=edge:0-6,cloud:7) edge[4:8] embed=cloud"
-    ),
-}
-
-
-@pytest.mark.xfail(strict=True, reason="the clock that is behind is forgotten when a run shared by two machines ends")
-@pytest.mark.parametrize("text", EARLY.values(), ids=EARLY)
-def test_a_token_is_never_priced_earlier_than_it_is_on_a_timeline_without_queues(text: str) -> None:
-    slow = box(flop_per_s=1e9, memory_bytes_per_s=1e8)
-    here = world(SMALL, slow, slow, slow, link=LinkSpec(0.02, 1e8, 1e8))
-    one = bill(here, Decision(Partition.parse(text, SMALL, ("edge", "cloud", "third"))), Job(8, 8))
-    step = Step(1, one.job.mean_context - 1, 1, emits=True, is_prefill=False)
-    assert one.tpot.at(here.conditions()) >= token_s(here, one.plan, step) * (1 - 1e-9)
+# Dies when cost/bill.py says `crossings[lead.behind, lead.ahead] * 0)` for `crossings[lead.behind, lead.ahead])`.
+@given(st.data())
+def test_a_token_is_never_priced_earlier_than_it_is_on_a_timeline_without_queues(data: st.DataObject) -> None:
+    """Nor, over two machines, a quarter later: a clock that is behind is taken to be so by a whole crossing."""
+    machines = data.draw(st.sampled_from([2, 3]))
+    here, job = data.draw(worlds(machines)), data.draw(jobs())
+    one = bill(here, Decision(data.draw(partitions(here.spec, machines))), job)
+    exact = token_s(here, one.plan, Step(1, job.mean_context - 1, 1, emits=True, is_prefill=False))
+    assert exact * (1 - 1e-9) <= one.tpot.at(here.conditions()) <= exact * (1.25 if machines == 2 else 2)

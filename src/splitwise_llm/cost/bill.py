@@ -94,16 +94,15 @@ class Bill:
         return self.prefill_bytes.get((src, dst), 0.0) + self.later_tokens * self.token_bytes.get((src, dst), 0.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Lead:
-    """Two machines that share halves do not wait for each other but for each other's messages, so their clocks stay
-    one way apart, and whoever was ahead is behind after the next half. Who had the stream first begins ahead."""
+    """Two machines that share halves do not wait for each other but for each other's messages: their clocks stay about
+    one way apart, and whoever is ahead is behind after the next half. Who had the stream first begins ahead."""
 
-    pair: tuple[int, ...]
     ahead: int
-
-    def after_a_half(self) -> Lead:
-        return Lead(self.pair, next(machine for machine in self.pair if machine != self.ahead))
+    behind: int
+    lag: Form
+    """How much later the one behind can begin."""
 
 
 @dataclass(slots=True)
@@ -157,42 +156,29 @@ class _Walk:
 
     def _stage(self, index: int, stage: Stage, arrivals: dict[int, Form]) -> dict[int, Form]:
         """Price a stage and what crosses after it; what the next stage's machines wait for."""
-        plan, run = self.plan, self._run(stage, arrivals)
-        if run is not None and self.lead is None:  # the other's clock starts late, which is no one's delay yet
-            arrivals = {dst: self._sending(form) for dst, form in arrivals.items()}
-        computed = {machine: arrivals.get(machine, 0) + self._compute(stage, machine) for machine in stage.machines}
+        plan = self.plan
         moves = [move for move in plan.moves_after(index) if plan.rows(move, self.step)]
-        partials = [move for move in moves if move.kind is Kind.PARTIAL]
-        crossings = {(move.src, move.dst): self._crossing(move) for move in partials}
-        ends = [computed[machine] for machine in (plan.joiners[index] if partials else stage.machines)]
-        ends += [computed[src] + crossing for (src, dst), crossing in crossings.items()]
+        crossings = {(m.src, m.dst): self._crossing(m) for m in moves if m.kind is Kind.PARTIAL}
+        lead = self._lead(stage, arrivals)
+        late = {lead.behind: lead.lag} if lead else arrivals
+        computed = {machine: late.get(machine, 0) + self._compute(stage, machine) for machine in stage.machines}
+        joiners = plan.joiners[index] if crossings else stage.machines
+        self.lead = None
+        if lead and crossings and plan.stages[index + 1].machines == stage.machines:
+            joiners = (lead.behind,)  # it goes on first; how late the other is then, is nobody's delay yet
+            self.lead = Lead(lead.behind, lead.ahead, crossings[lead.behind, lead.ahead])
+        ends = [computed[machine] for machine in joiners]
+        ends += [computed[src] + crossing for (src, dst), crossing in crossings.items() if dst in joiners]
         self.critical.append(Delay.of(ends))
         self.ended_on = stage.machine if isinstance(stage, Serial) else None
-        self.lead = run.after_a_half() if run else None
-        if self.lead and partials and len(plan.joiners[index]) == 1 and plan.joiners[index][0] != self.lead.ahead:
-            # The run goes on where the clock is behind: what it waits for was sent a half ago.
-            self.critical.append(Delay.of(list(crossings.values())))
-            self.lead = None
         return {move.dst: self._crossing(move) for move in moves if move.kind is Kind.RESIDUAL}
 
-    def _run(self, stage: Stage, arrivals: dict[int, Form]) -> Lead | None:
-        """The run of halves shared by two machines that this stage is in, if one of them brought the stream."""
-        pair = stage.machines
-        if len(pair) != 2:
-            return None
-        if self.lead and self.lead.pair == pair:
+    def _lead(self, stage: Stage, arrivals: dict[int, Form]) -> Lead | None:
+        """Who is ahead in a half shared by two machines, if one is."""
+        if self.lead or len(stage.machines) != 2 or len(arrivals) != 1:
             return self.lead
-        holders = [machine for machine in pair if machine not in arrivals]
-        return Lead(pair, holders[0]) if len(arrivals) == len(holders) == 1 else None
-
-    def _sending(self, crossing: Form) -> Form:
-        """Of a crossing, only what it keeps the link from carrying next."""
-        basis = self.world.basis
-        kept = basis.form({})
-        for pair in basis.pairs:
-            for lane in (pair, pair[::-1]):
-                kept[basis.inverse(*lane)] = crossing[basis.inverse(*lane)]
-        return kept
+        ((behind, lag),) = arrivals.items()
+        return Lead(next(machine for machine in stage.machines if machine != behind), behind, lag)
 
     def _compute(self, stage: Stage, machine: int) -> Form:
         basis = self.world.basis

@@ -152,24 +152,26 @@ class Search:
             )
             if shared:
                 computed = {}
+                goes_on = end.ahead is not None and tuple(following) == machines and not silent
                 for m in machines:
                     arrival = 0.0
-                    if m not in end.held:
-                        whole, sending = self._arrival[number, end.held[0], m]
-                        arrival = whole if end.ahead is None else sending
+                    if end.ahead is not None and m != end.ahead:
+                        arrival = self._arrival[number, end.ahead, m]
+                    elif m not in end.held:
+                        arrival = self._arrival[number, end.held[0], m]
                     seconds = self._seconds(m, part, end.counts[m], step) + self.world.hosts[m].stage_s(
                         step.count, rested=True
                     )
                     visit = 0.0 if m == end.after else self._visit(m)
                     computed[m] = arrival + visit + self._work(v, m, number, seconds)
-                ends = [computed[m] for m in (machines if silent else held)]
-                if not silent:
-                    ends += [computed[w] + self._cross(v, w, j, number, size) for w in machines for j in held if w != j]
+                # In a run of two, whoever was behind goes on first: how late the other is then, delays nobody yet.
+                joins = [m for m in (machines if silent else held) if not (goes_on and m == end.ahead)]
+                ends = [computed[m] for m in joins]
+                for w, j in permutations(machines, 2) if not silent else ():
+                    if j in held:
+                        summed = computed[w] + self._cross(v, w, j, number, size)
+                        ends += [summed] if j in joins else []
                 v[number] += max(ends)
-                if not silent and held == (end.ahead,):
-                    # Whoever was ahead is behind after this half: what it waits for was sent a half ago.
-                    scratch = np.zeros(self._size)
-                    v[number] += max(self._cross(scratch, w, held[0], number, size) for w in machines if w != held[0])
             if silent:
                 continue
             others = [m for m in following if m not in held]
@@ -182,19 +184,14 @@ class Search:
         return held
 
     @cached_property
-    def _arrival(self) -> dict[tuple[int, int, int], tuple[float, float]]:
-        """Seconds until the stream of a step is at another machine, and of them those that keep the link busy."""
-        result: dict[tuple[int, int, int], tuple[float, float]] = {}
-        inverse = self.world.basis.inverse
-        for number, step in enumerate(self.steps):
-            size = self._payload(step)
-            for a, b in permutations(range(len(self.world.hosts)), 2):
-                counted = np.zeros(self._size)
-                whole = self._cross(counted, a, b, number, size)
-                start, kind = self._start("bytes"), self._kind(number)
-                carried = [counted[start + 2 * n + kind] * self.x[inverse(*lane)] for n, lane in enumerate(self.lanes)]
-                result[number, a, b] = whole, float(sum(carried))
-        return result
+    def _arrival(self) -> dict[tuple[int, int, int], float]:
+        """Seconds until the stream of a step is at another machine."""
+        uncounted = np.zeros(self._size)
+        return {
+            (number, a, b): self._cross(uncounted, a, b, number, self._payload(step))
+            for number, step in enumerate(self.steps)
+            for a, b in permutations(range(len(self.world.hosts)), 2)
+        }
 
     def _step(self, half: int, end: _End | None, counts: Counts, embed: int, head: int) -> tuple[Floats, _End]:
         """What one more half adds after an end (None: after the embedding), and the new end."""
