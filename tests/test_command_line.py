@@ -79,8 +79,8 @@ def test_the_demo_says_the_same_in_all_five_modes(tmp_path: Path) -> None:
 
 def test_machines_of_a_shared_stage_compute_at_the_same_time(cloud: str) -> None:
     async def play() -> None:
-        with edge_with("bundled", {"cloud": cloud}, emulate=20.0) as edge:
-            # The device is stretched by sleeping, so that the other core's work falls into its time.
+        with edge_with("bundled", {"cloud": cloud}, emulate=80.0) as edge:
+            # Stretched by sleeping, and long beside a message even on a busy machine: the other works meanwhile.
             async with edge.generate(PROMPT, "edge+cloud[0:8]", max_new_tokens=4) as generation:
                 async for _ in generation:
                     pass

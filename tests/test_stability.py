@@ -156,6 +156,7 @@ def test_a_budget_that_no_plan_keeps_to_ends_at_the_cap_and_says_so() -> None:
     for _ in range(200):
         z = completed(z, budgets, np.array(2.0), np.array(0.0), np.array(0.0), np.array(1.0))
     assert z[0] == CAP
+    z = completed(z, budgets, np.array(0.5), np.array(0.0), np.array(0.0), np.array(1.0))  # one thrifty request
     assert at_cap(z).tolist() == [True, False, False, False]
 
 

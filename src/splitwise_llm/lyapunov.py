@@ -166,8 +166,9 @@ def next_theta(theta: Floats, value: Floats, frame_s: Floats, elapsed_s: Floats)
 
 
 def at_cap(virtual: Floats) -> NDArray[np.bool_]:
-    """Which virtual queues (..., 4) have stopped at the cap: their budgets are infeasible and are to be reported."""
-    return np.asarray(virtual >= CAP)
+    """Which virtual queues (..., 4) have come to the cap, or are the one step below it that a thrifty request of
+    reference length takes: their budgets are infeasible and are to be reported."""
+    return np.asarray(virtual > CAP - 1)
 
 
 def scaled(penalty: Penalty, factor: float) -> Penalty:

@@ -275,7 +275,7 @@ _RANGES = {
     "slots": _Range(1, 100_000, "sequences", whole=True),
 }
 _LINK_RTT = _Range(0.0, 3600.0, "s")
-_LINK_RATE = _Range(0.0, 1e11, "bytes/s (800 Gbit/s)", above=True)
+_LINK_RATE = _Range(0.125, 1e11, "bytes/s (1 bit/s to 800 Gbit/s)")
 
 _HANDHELD_BATTERY = _Range(1.0, 1.5e5, "J")
 """A phone holds about 6e4 J, a large tablet 1.4e5 J, a laptop more."""
@@ -445,7 +445,7 @@ class LinkSpec:
             if not _LINK_RATE.holds(rate):
                 said = f"{8e-9 * rate:g} Gbit/s" if isinstance(rate, float) else f"{rate!r} bytes/s"
                 raise SpecError(
-                    f"{name} is {said}, which no link carries; expected more than 0, and at most 800 Gbit/s (1e11 B/s)"
+                    f"{name} is {said}, which no link carries; expected 1 bit/s up to 800 Gbit/s (1e11 B/s)"
                 )
 
     @property
@@ -514,7 +514,9 @@ def _find_file(text: str) -> tuple[Path, str | None]:
     key = name.lower().removesuffix(".json")
     key = _DEVICE_ALIASES.get(key, key)
     if key not in shipped_devices():
-        raise SpecError(_unknown("no device file and none of the shipped devices", text, shipped_devices()))
+        raise SpecError(
+            _unknown("no device file and none of the shipped devices", text, (*shipped_devices(), *_DEVICE_ALIASES))
+        )
     return _SHIPPED / "devices" / f"{key}.json", chosen
 
 

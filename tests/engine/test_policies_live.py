@@ -181,9 +181,10 @@ def test_a_floor_turns_the_choice_into_a_u_shape_that_keeps_it(alone: tuple[int,
 
 
 NEEDS_THE_WORKER = ("cloud-only", "even-split")
+NEEDS_A_WORKER = "layer-splitting"
 
 
-@pytest.mark.parametrize("name", [name for name in FOR_ONE_SESSION if name not in NEEDS_THE_WORKER])
+@pytest.mark.parametrize("name", [name for name in FOR_ONE_SESSION if name not in (*NEEDS_THE_WORKER, NEEDS_A_WORKER)])
 def test_nobody_decides_for_a_machine_that_does_not_answer(name: str, alone: tuple[int, ...]) -> None:
     async def play() -> None:
         async with lab(reachable=False) as one:
@@ -203,6 +204,15 @@ def test_who_cannot_do_without_a_machine_says_that_it_does_not_answer_and_why(na
         async with lab(reachable=False) as one:
             with pytest.raises(RequestError, match=r"machine 1 \(cloud\) cannot be reached.*splitwise worker"):
                 await one.run(find_policy(name))
+
+    asyncio.run(play())
+
+
+def test_layer_splitting_says_that_it_has_nobody_to_split_with() -> None:
+    async def play() -> None:
+        async with lab(reachable=False) as one:
+            with pytest.raises(RequestError, match="needs a worker within reach"):
+                await one.run(find_policy(NEEDS_A_WORKER))
 
     asyncio.run(play())
 

@@ -6,12 +6,16 @@ Cells are kept in a folder as they are done, so a long run can be stopped and go
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +73,7 @@ ABLATION = (
 """What a factor over the static layer plan is made of, one thing after the other."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Grid:
     """What to run."""
 
@@ -82,6 +86,14 @@ class Grid:
     seed: int = 0
     keep: Path | None = None
     """A folder for cells; those that are there already are not run again."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything that figures depend on: size, seed, recordings, and the source itself."""
+        digest = hashlib.sha256(repr((self.quick, self.size, self.seed, self.traces, self.requests)).encode())
+        for file in sorted(Path(str(resources.files("splitwise_llm"))).rglob("*.py")):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:16]
 
     def policies(self, scenario: Scenario) -> tuple[str, ...]:
         """Every rival with and without tools; a crowd of devices on one cloud is slow to simulate, so fewer there."""
@@ -162,13 +174,13 @@ def _run_case(grid: Grid, setting: Setting, results: Results, tell: Tell) -> Non
     results.cells += done
     if setting.scenario.floor and setting.scenario.num_devices == 1:
         file = grid.keep / f"{where}.ablation.json" if grid.keep else None
-        if file and file.exists():
-            results.ablations.append(_ablation_from(json.loads(file.read_text())))
+        kept = _read_kept(grid, file)
+        if kept is not None:
+            results.ablations.append(_ablation_from(kept[0]))
         else:
             made = ablation(setting)
-            if file:
-                steps = [[name, one.value, one.low, one.high] for name, one in made.steps]
-                file.write_text(json.dumps({"scenario": made.scenario, "case": made.case, "steps": steps}))
+            steps = [[name, one.value, one.low, one.high] for name, one in made.steps]
+            _keep(grid, file, [{"scenario": made.scenario, "case": made.case, "steps": steps}])
             results.ablations.append(made)
     results.memory += [row for row in memory_rows(setting) if row not in results.memory]
 
@@ -182,15 +194,35 @@ def _ablation_from(data: dict[str, object]) -> Ablation:
 def _kept(grid: Grid, where: str, what: str, make: Callable[[], list[Cell]], tell: Tell) -> list[Cell]:
     """Cells from the folder, or made and put there."""
     file = grid.keep / f"{where}.{what}.json" if grid.keep else None
-    if file and file.exists():
+    kept = _read_kept(grid, file)
+    if kept is not None:
         tell(f"{where}: kept")
-        return [cell_from(data) for data in json.loads(file.read_text())]
+        return [cell_from(data) for data in kept]
     tell(where)
     cells = make()
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps([one.to_dict() for one in cells]))
+    _keep(grid, file, [one.to_dict() for one in cells])
     return cells
+
+
+def _read_kept(grid: Grid, file: Path | None) -> list[dict[str, Any]] | None:
+    """What a file keeps, if it was made with the same settings and the same source; else it is made anew."""
+    if file is None or not file.exists():
+        return None
+    with suppress(ValueError, KeyError, TypeError):  # cut short, or of another kind
+        data = json.loads(file.read_text())
+        if data["made_with"] == grid.fingerprint:
+            return list(data["kept"])
+    return None
+
+
+def _keep(grid: Grid, file: Path | None, kept: Sequence[object]) -> None:
+    """Whole or not at all: a run may be stopped at any time."""
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps({"made_with": grid.fingerprint, "kept": kept}))
+    part.replace(file)
 
 
 def cell_from(data: dict[str, object]) -> Cell:

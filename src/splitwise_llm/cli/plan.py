@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ from splitwise_llm.cost import (
 )
 from splitwise_llm.decision import Decision
 from splitwise_llm.errors import RequestError, SplitwiseError
-from splitwise_llm.observation import EVERYTHING, PLAIN, MachineView, Observation
+from splitwise_llm.observation import EVERYTHING, PLAIN, MachineView, Observation, Tools
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.policies import POLICIES, find_policy
 from splitwise_llm.policies.explain import Flip, Question, Sensitivity, sensitivities
@@ -87,7 +87,7 @@ def plan(
         )
     hosts = [Host(find_device(edge), Dtype.FP16, edge_weights)]
     hosts += [Host(find_device(each), Dtype.FP16, cloud_weights) for each in cloud or []]
-    table = Accuracy.from_file(accuracy) if accuracy else NO_LOSS
+    table = Accuracy.from_file(accuracy) if accuracy else Accuracy.shipped(model) if model == "bundled" else NO_LOSS
     drafter = Drafter(acceptance if tools == "all" else 0.0)
     world = World(spec, tuple(hosts), _links(link or [], len(hosts) - 1, mesh), table, drafter)
     asked = _asked(world, job, _limits(floor, spec), batch, parse_seconds(wait), tools == "all")
@@ -140,9 +140,17 @@ def _asked(world: World, job: Job, limits: Limits, batch: int, wait_s: float, ev
     )
     observation = Observation(
         world.spec, views, job.prompt_tokens, job.tokens_out, world=world, loads=loads, limits=limits,
-        tools=EVERYTHING if everything else PLAIN,
+        tools=_tools(world, everything),
     )  # fmt: skip
     return _Asked(world, job, limits, loads, batch, wait_s, names, observation)
+
+
+def _tools(world: World, everything: bool) -> Tools:
+    """Nobody knows what int4 on the wire loses without a table, so it is left out then."""
+    if not everything:
+        return PLAIN
+    known = world.accuracy is not NO_LOSS
+    return replace(EVERYTHING, wires=EVERYTHING.wires if known else EVERYTHING.wires[:2])
 
 
 def _say_what_is_assumed(asked: _Asked, model: str, tools: str, acceptance: float) -> None:
@@ -259,10 +267,18 @@ def _show(title: str, one: Price | str, asked: _Asked) -> None:
         f"TTFT {seconds_text(one.ttft_s)}{waited}, {1e3 * one.tpot_s:.2f} ms/token, total {seconds_text(one.total_s)}; "
         f"{one.round_trips_per_token:.3g} round trips per token, {show_bytes(one.up_bytes)} up, "
         f"{show_bytes(one.down_bytes)} down\n"
-        f"{one.device_j:.3g} J on the device, {one.total_j:.3g} J in all (modelled); {one.nats:.3g} nats per token; "
+        f"{_joules(asked, one)}; {one.nats:.3g} nats per token; "
         f"{one.usd:.3g} USD\nmemory: {memory}",
         markup=False,
     )
+
+
+def _joules(asked: _Asked, one: Price) -> str:
+    """Modelled energy, or which machines' power nobody has said."""
+    unknown = [n for n, host in zip(asked.names, asked.world.hosts, strict=True) if not host.device.decode_w]
+    if asked.names[0] in unknown:
+        return f"energy not known: no power figures of {', '.join(unknown)}"
+    return f"{one.device_j:.3g} J on the device, {one.total_j:.3g} J in all (modelled)"
 
 
 def _figure_text(value: float, unit: str) -> str:

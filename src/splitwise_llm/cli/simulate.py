@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitwise_llm.cli.options import JsonFile, app, bench, out, report, tell
+from splitwise_llm.errors import SpecError
 
 if TYPE_CHECKING:
     from splitwise_llm.sim.scenarios import Recordings
@@ -33,20 +34,24 @@ def simulate(
     """Run a scenario under a policy and write what became of every request."""
     import numpy as np
 
-    from splitwise_llm.bench.simulator import case_tables
-    from splitwise_llm.observation import EVERYTHING, PLAIN
+    from splitwise_llm.bench.cells import TOOLS, Setting, Size
+    from splitwise_llm.observation import PLAIN
     from splitwise_llm.policies.choosers import find_chooser
     from splitwise_llm.sim.draws import draw
     from splitwise_llm.sim.episode import simulate as run
-    from splitwise_llm.sim.scenarios import TEST, build, find_scenario
+    from splitwise_llm.sim.scenarios import TEST, find_scenario
 
     row = find_scenario(scenario)
     one = row.case(case or (row.cases[0].name if row.cases else ""))
-    chooser = find_chooser(policy, PLAIN if plain else EVERYTHING, row.limits, arrivals_per_s=one.per_s)
+    chooser = find_chooser(policy, PLAIN if plain else TOOLS, row.limits, arrivals_per_s=one.per_s)
+    if (traces or requests) and not row.is_recorded:
+        raise SpecError(
+            f"scenario {row.name} draws its links and requests; --traces and --requests are for real-traces"
+        )
     recordings = read_recordings(traces, requests) if row.is_recorded else None
     with out_file.open("w") as file:
         tell(f"plans for {row.name}.{one.name}")
-        params = build(row, one, case_tables(row, one, acceptance), recordings)
+        params = Setting(row, one, Size(worlds, requests_per_trace, 1), recordings, acceptance=acceptance).params
         tell(f"{worlds} traces of {requests_per_trace} requests for each of {params.num_devices} devices")
         begin = time.perf_counter()
         records = run(params, draw(params, TEST.seed + seed, range(worlds), requests_per_trace), chooser)
@@ -65,7 +70,6 @@ def simulate(
 
 def read_recordings(traces: Path | None, requests: Path | None) -> Recordings:
     """The links in a folder and the requests in a file. Raises SpecError that says what is missing."""
-    from splitwise_llm.errors import SpecError
     from splitwise_llm.sim.scenarios import Recordings
     from splitwise_llm.traces import read_rtt, read_trace
     from splitwise_llm.workload import read_requests

@@ -21,12 +21,17 @@ from splitwise_llm.observation import Tools
 from splitwise_llm.partition import Part, Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.policies.assignments import Found, Search
+from splitwise_llm.policies.chains import chain
 from splitwise_llm.policies.family import Family
 from splitwise_llm.policies.objective import Latency, Objective
+from splitwise_llm.policies.pipelines import exact_latency
 
 Floats = NDArray[np.float64]
 _Way = tuple[WirePrecision, int | None, int]
 """Wire precision, prefill chunk, draft."""
+FEW_LABELS = 60
+"""Labels kept per end for a large model on several workers, where the search could take minutes; it then says that
+it is not exact, and the fastest row of machines is tried beside it."""
 SMALL = 1500
 """Ways for halves to follow one another, times halves, up to which every assignment is searched, whatever it can
 bring: a second at most, for any objective."""
@@ -86,10 +91,24 @@ class Solver:
                 if decision is not None:
                     prices = Table(self.world, [bill(self.world, decision, self.job)]).at(conditions)
                     _offer(best_of, Choice(decision, float(objective.value(prices)[0])))
+            for decision in self._chains(conditions):
+                prices = Table(self.world, [bill(self.world, decision, self.job)]).at(conditions)
+                _offer(best_of, Choice(decision, float(objective.value(prices)[0])))
         if not best_of:
-            raise RequestError(nothing_admissible(self.world, self.job, self.limits))
+            known = "" if exact else "; not every partition was tried, the model is too large for that"
+            raise RequestError(nothing_admissible(self.world, self.job, self.limits) + known)
         first, *others = sorted(best_of.values(), key=lambda choice: choice.value)
         return Solution(first, others[0] if others else None, len(self), share, exact)
+
+    def _chains(self, conditions: Form) -> Iterator[Decision]:
+        """The fastest row of machines from the device on, driven every way: where memory forces several workers the
+        search may drop what would have fitted."""
+        for wire, chunk, draft in self._tools():
+            route = exact_latency(chain(self.world, self.job, wire, conditions=conditions, limits=self.limits))
+            if route is not None:
+                decision = Decision(route.partition(self.world.spec), wire, chunk, draft)
+                if obstacle(self.world, decision, self.job, self.limits) is None:
+                    yield decision
 
     def cuts(self, conditions: Form, objective: Objective) -> Iterator[Choice]:
         """The best cuts and U-shapes, best first, until there are two partitions among them; none where memory or a
@@ -169,7 +188,9 @@ class Solver:
         key = (conditions.tobytes(), *way, share)
         if isinstance(objective, Latency) and key in self._fastest:
             return self._fastest[key]
-        found = Search(self.world, self.job, conditions, objective, self.limits, *way, share=share).best()
+        most = FEW_LABELS if len(self.world.hosts) > 2 and not self._is_small else 4000
+        search = Search(self.world, self.job, conditions, objective, self.limits, *way, share=share, max_labels=most)
+        found = search.best()
         if isinstance(objective, Latency):
             self._fastest[key] = found
         return found

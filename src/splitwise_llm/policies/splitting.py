@@ -5,7 +5,6 @@ model whose activations lose elements on the way. It does not learn; `bench` com
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from splitwise_llm.cost import obstacle
 from splitwise_llm.decision import Decision
 from splitwise_llm.errors import RequestError, SpecError
 from splitwise_llm.observation import Observation
@@ -118,12 +118,14 @@ class LayerSplitting:
             raise RequestError("layer splitting needs a worker within reach and a model of two layers or more")
         floor = observation.limits.floor
         last = floor.last_layers if floor else 0
+        said: str | None = None
         for index in self.costs().argsort(kind="stable"):
             scaled = round(self.table.splits[index] * spec.num_layers / self.table.num_layers)
             at = min(max(scaled, floor.first_layers if floor else 1), spec.num_layers - max(last, 1))
             cut = Partition.u_shape(spec, at, last, inner=worker) if floor else Partition.cut(spec, at, second=worker)
             if world is None:
                 return Decision(cut, observation.tools.wires[0])
-            with suppress(RequestError):  # memory or a limit forbids it
+            said = obstacle(world, Decision(cut, observation.tools.wires[0]), observation.job, observation.limits)
+            if said is None:
                 return driven(world, [cut], observation, world.conditions(observation.loads))
-        raise RequestError("layer splitting: no split of this model fits; add memory, or keep weights in int8 or int4")
+        raise RequestError(f"layer splitting: no split of this model is admissible: {said}")
