@@ -506,7 +506,7 @@ def test_nothing_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
                 await link.receive()
                 await link.close()
             await asyncio.sleep(0.05)
-            assert files() == files_in_use - 4  # a closed link holds no socket, at neither end
+            assert files() <= files_in_use - 4  # a closed link holds no socket, at neither end
             await server.stop(grace_s=0.05)
         with pytest.raises(Unreachable):
             await dial(server.address)
