@@ -18,7 +18,7 @@ from splitwise_llm.errors import RequestError
 from splitwise_llm.lyapunov import Budgets
 from splitwise_llm.observation import PLAIN, Chooser, Menu, Tools
 from splitwise_llm.policies import POLICIES
-from splitwise_llm.policies.choosers import Fixed, find_chooser, planned
+from splitwise_llm.policies.choosers import Fixed, find_chooser, planned, uses
 from splitwise_llm.policies.menus import menu
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
 from splitwise_llm.policies.planners import Planner, typical
@@ -113,7 +113,7 @@ class Setting:
                     try:
                         extra[planned(policy, world, job, tools, self.limits)] = None
                     except RequestError:
-                        continue  # this program has no plan here; its cell will say why
+                        continue  # this program has no plan here, and so no cell
         return menu(world, job, (PLAIN, TOOLS), self.limits, states, objectives[TOOLS], extra)
 
     @cached_property
@@ -145,7 +145,7 @@ class Setting:
         requests, the three best then on all of them. Of several tables, the plan of the same shape in each."""
         tools = TOOLS if policy.endswith(WITH_TOOLS) else PLAIN
         table = self.tables[0]
-        numbers = [n for n, bill in enumerate(table.bills) if _uses(tools, bill.decision)]
+        numbers = [n for n, bill in enumerate(table.bills) if uses(tools, bill.decision)]
         few = draw(self.params, self.split.seed, self.traces.numbers, self.size.fixed_requests, self.split.spread)
 
         def tried(traces: Traces, number: int) -> float:
@@ -165,10 +165,6 @@ class Setting:
             return (exact or alike or [min(number, len(table) - 1)])[0]
 
         return Fixed(find)
-
-
-def _uses(tools: Tools, decision: Decision) -> bool:
-    return decision.wire in tools.wires and decision.prefill_chunk in tools.chunks and decision.draft in tools.drafts
 
 
 def idle_question(table: Table) -> Menu:
@@ -238,13 +234,13 @@ def metrics(records: Records) -> dict[str, Estimate]:
     result["usd_per_1k"] = mean_estimate(1e3 * by_trace(records, records.usd))
     result["done_per_s"] = mean_estimate(done / seconds)
     result["moves_per_min"] = mean_estimate(60 * records.moves.sum(axis=(1, 2)) / np.maximum(running, 1e-9))
-    result["missed"] = mean_estimate(by_trace(records, (records.status != 0).astype(float)))
+    result["unfinished"] = mean_estimate(by_trace(records, (records.status != 0).astype(float)))
     result["queue_slope"] = _slopes(records)
     return result
 
 
 def _slopes(records: Records) -> Estimate:
-    """Growth of the work in the system, in seconds per second, over the second half of what arrives."""
+    """Growth of the work in the system, in seconds per second, until the last request has come."""
     if records.work_s is None or records.queue_s is None or records.queue_world is None:
         return Estimate(np.nan, np.nan, np.nan)
     ends = np.nanmax(np.where(np.isfinite(records.traces.arrival_s), records.traces.arrival_s, np.nan), axis=(1, 2))

@@ -1,6 +1,6 @@
 """What must come out of each scenario, as functions of its cells: the written expectation, decided by figures.
 
-A claim that its cells do not decide (not run, or run too little) says so instead of holding.
+A claim whose cells were not run says so. Values decide, not their limits: few traces can decide wrongly.
 """
 
 from __future__ import annotations

@@ -117,7 +117,8 @@ def _rows(menu: Menu, which: Bools) -> Menu:
     )  # fmt: skip
 
 
-def _uses(tools: Tools, decision: Decision) -> bool:
+def uses(tools: Tools, decision: Decision) -> bool:
+    """Whether a decision keeps to some tools."""
     return decision.wire in tools.wires and decision.prefill_chunk in tools.chunks and decision.draft in tools.drafts
 
 
@@ -125,7 +126,7 @@ def _prepare(chooser: TableChooser, table: Table) -> _Prepared:
     planner, tools, limits = chooser.planner, chooser.tools, chooser.limits
     world, job = table.world, table.bills[0].job
     decisions = [bill.decision for bill in table.bills]
-    allowed = np.array([_uses(tools, decision) for decision in decisions])
+    allowed = np.array([uses(tools, decision) for decision in decisions])
     if planner.partitions is not None:
         mine = set(planner.decisions(world, job, tools, limits))
         allowed &= np.array([decision in mine for decision in decisions])
