@@ -10,7 +10,7 @@ import pytest
 
 from splitwise_llm.bench.cells import Size, mean_estimate, ratio
 from splitwise_llm.bench.claims import claims_of
-from splitwise_llm.bench.scenarios import Grid, _keep, _read_kept, cell_from
+from splitwise_llm.bench.scenarios import Grid, _keep, _read_kept, cell_from, scalings
 from splitwise_llm.records import Cell, Estimate
 
 
@@ -37,6 +37,25 @@ def test_a_policy_holds_its_claim_within_one_percent(drift_s: float, holds: bool
     within = [claim.holds for claim in claims if "within 1 %" in claim.text]
     assert within == [holds] * 3
     assert next(claim for claim in claims if "wins" in claim.text).holds
+
+
+def test_limits_of_a_latency_are_never_negative_and_those_of_a_growth_may_be() -> None:
+    two = np.array([1.0, 4.0])  # whose limits are 9 standard deviations either way
+    assert mean_estimate(two, 0.0).low == 0.0
+    assert mean_estimate(two).low == pytest.approx(2.5 - 12.706 * 1.5, rel=1e-3)
+    assert mean_estimate(np.array([0.2, 0.9]), 0.0, 1.0).high == 1.0
+
+
+def test_limits_of_a_speed_up_hold_it_and_stay_finite_where_a_mean_may_be_nothing() -> None:
+    def wide(policy: str, case: str, mean_s: float) -> Cell:
+        one = cell(policy, mean_s)
+        return replace(one, scenario="flaky-wan", case=case, metrics={"mean_s": Estimate(mean_s, 0.0, 2 * mean_s)})
+
+    cells = [wide(policy, case, mean_s) for case in ("orin-gpt2xl", "orin-7b")
+             for policy, mean_s in (("cloud-only", 3.0), ("edge-only", 1.5))]  # fmt: skip
+    for one in scalings(cells)[0].series["edge-only"]:
+        assert one.value == 2.0
+        assert 0 < one.low < 2.0 < one.high < 10
 
 
 def test_limits_are_over_traces_and_ratios_are_paired() -> None:

@@ -83,6 +83,22 @@ def test_two_workers_with_a_mesh_are_planned_for(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["best"]["partition"] == "edge[0:1] cloud1[1:11] edge[11:12]"
 
 
+def test_a_search_that_is_cut_short_says_so_with_a_bound_and_meanwhile_what_it_does(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    ask = ("--model", "llama-2-7b", "--edge", "pi5", "--cloud", "pi5", "--budget", "1.5", "--json", str(file))
+    done = plan(*ask, "--link", "rtt=0.3ms up=940mbit down=940mbit")
+    assert done.returncode == 0, done.stderr
+    assert "the best found in 1.5 s" in done.stdout
+    assert "not proven exact; at most" in done.stdout
+    assert "exact, drift-selfish, drift: the best found before the 1.5 s were over" in done.stdout
+    assert "... searching all partitions (wire fp16; 1 of 1); best so far 6" in done.stderr
+    said = json.loads(file.read_text())
+    assert (said["exact"], said["in_time"]) == (False, False)
+    assert 0 < said["at_most_above"] < 1
+    assert "edge+cloud" in said["best"]["partition"]
+    assert said["best"]["total_s"] < said["policies"]["edge-only"]["total_s"]
+
+
 def test_a_floor_of_more_layers_than_there_are_leaves_everything_on_the_device() -> None:
     done = plan(*SEVEN, "--floor", "40+40")
     assert done.returncode == 0, done.stderr

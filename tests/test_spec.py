@@ -185,6 +185,12 @@ def test_efficiencies_stretch_the_roofline() -> None:
         ({"memory_efficiency": 1.2}, "memory_efficiency is 1.2"),
         ({"load_bytes_per_s": 0}, "load_bytes_per_s is 0"),
         ({"idle_w": -5}, "idle_w is -5; expected a number from 0 to 1e\\+06 W"),
+        (
+            {"idle_w": 5, "decode_w": 4, "prefill_w": 9},
+            "idle_w is 5 and decode_w only 4; .*whole device.*give decode_w",
+        ),
+        ({"idle_w": 5, "prefill_w": 4, "decode_w": 5}, "idle_w is 5 and prefill_w only 4"),
+        ({"idle_w": 5}, "idle_w is 5 and decode_w not given"),
         ({"decode_w": "6 W"}, "decode_w is '6 W'"),
         ({"prefill_w": 1e9}, "prefill_w is 1000000000.0"),
         ({"radio_w": False}, "radio_w is False"),

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from splitwise_llm.errors import SpecError
 from splitwise_llm.traces import (
     Direction,
+    GapError,
     RateTrace,
     RttTrace,
     named_trace,
@@ -112,6 +113,8 @@ def test_a_pause_of_the_recorder_is_refused_until_asked_to_be_left_out(text: str
     with pytest.raises(SpecError, match=r'nothing is known from 2 s .* to 120 s .*gaps="cut".*FILE:cut') as caught:
         read_trace(file, "up")
     assert str(caught.value).startswith(f"{file}:{line}: ")
+    assert isinstance(caught.value, GapError)
+    assert caught.value.where.endswith("(the median step is 1 s)")
     cut = read_trace(file, "up", gaps="cut")
     assert cut.times_s == pytest.approx((0.0, 1.0, 2.0, 3.0, 4.0))
     assert cut.bytes_per_s == (1e6, 2e6, 3e6, 4e6, 5e6)

@@ -19,7 +19,7 @@ def decode_tokens_per_s(device: str, name: str, weights: Weights, dtype: Dtype =
     return 1 / price(here, on(here.spec, 0), SHORT).tpot_s
 
 
-# Dies when spec.py says `/ self.memory_bytes_per_s` for `/ (self.memory_bytes_per_s * self.memory_efficiency)`.
+# Dies when spec/device.py says `/ self.memory_bytes_per_s` for `/ (self.memory_bytes_per_s * self.memory_efficiency)`.
 @pytest.mark.parametrize(
     ("device", "name", "weights", "published"),
     [

@@ -37,7 +37,11 @@ def figures(here: World, decision: Decision, job: Job) -> list[float]:
     ],
 )  # fmt: skip
 def test_a_partition_costs_the_same_however_it_is_written(texts: list[str]) -> None:
-    here = World(SMALL, (Host(box(idle_w=3)), Host(box(slots=8, decode_w=300))), {(0, 1): LinkSpec(0.02, 1e6, 2e6)})
+    here = World(
+        SMALL,
+        (Host(box(idle_w=3, decode_w=7, prefill_w=9)), Host(box(slots=8, decode_w=300))),
+        {(0, 1): LinkSpec(0.02, 1e6, 2e6)},
+    )
     prices = []
     for text in texts:
         partition = Partition.parse(text, SMALL, NAMES)

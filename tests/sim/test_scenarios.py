@@ -145,6 +145,9 @@ def test_a_record_is_a_line_of_json_with_what_became_of_the_request() -> None:
         back = json.loads(json.dumps(line))
         assert back["status"] == "done"
         assert sum(back["mode_s"].values()) == pytest.approx(back["total_s"], abs=1e-5)
+        assert back["first_plan"] == back["last_plan"]
+        assert back["first_plan"] == {"partition": "all:cloud", "wire": "fp16", "prefill_chunk": None, "draft": 0}
+        assert (back["edge"], back["cloud"]) == ("orin-nx-16gb", "a100-80gb")
     counted = records.counted(warm_up=0.4)
     assert counted.sum() == 4
 

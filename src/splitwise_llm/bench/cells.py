@@ -186,8 +186,12 @@ def by_trace(records: Records, values: Floats, reduce: Callable[[Floats], float]
     return np.array([reduce(values[e][counted[e]]) if counted[e].any() else np.nan for e in range(len(values))])
 
 
-def mean_estimate(per_trace: Floats) -> Estimate:
-    """Mean over traces and its 95 % limits (Student's t)."""
+def mean_estimate(per_trace: Floats, least: float = -np.inf, most: float = np.inf) -> Estimate:
+    """Mean over traces and its 95 % limits (Student's t), cut to what the figure can be: from `least` to `most`.
+
+    Of few traces the limits are wide (of two, nine standard deviations either way), and would else reach below 0
+    for what cannot be negative; cut to the range of the figure they hold it as often as before.
+    """
     values = per_trace[np.isfinite(per_trace)]
     if not len(values):
         return Estimate(np.nan, np.nan, np.nan)
@@ -195,7 +199,7 @@ def mean_estimate(per_trace: Floats) -> Estimate:
     if len(values) == 1:
         return Estimate(middle, middle, middle)
     half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return Estimate(middle, middle - half, middle + half)
+    return Estimate(middle, max(middle - half, least), min(middle + half, most))
 
 
 def resampled(figure: Callable[[NDArray[np.int64]], float], traces: int) -> Estimate:
@@ -224,17 +228,18 @@ def metrics(records: Records) -> dict[str, Estimate]:
     done = (records.status == 0).sum(axis=(1, 2))
     running = np.nansum(records.mode_s.sum(axis=-1), axis=(1, 2))
     result = {
-        "mean_s": mean_estimate(by_trace(records, records.total_s)),
+        "mean_s": mean_estimate(by_trace(records, records.total_s), 0.0),
         "p50_s": _quantile(records, 0.5),
         "p95_s": _quantile(records, 0.95),
         "p99_s": _quantile(records, 0.99),
     }
-    for name in ("ttft_s", "tpot_s", "device_j", "total_j", "nats"):
-        result[name] = mean_estimate(by_trace(records, getattr(records, name)))
-    result["usd_per_1k"] = mean_estimate(1e3 * by_trace(records, records.usd))
-    result["done_per_s"] = mean_estimate(done / seconds)
-    result["moves_per_min"] = mean_estimate(60 * records.moves.sum(axis=(1, 2)) / np.maximum(running, 1e-9))
-    result["unfinished"] = mean_estimate(by_trace(records, (records.status != 0).astype(float)))
+    result["nats"] = mean_estimate(by_trace(records, records.nats))  # as measured on text, which may gain by chance
+    for name in ("ttft_s", "tpot_s", "device_j", "total_j"):
+        result[name] = mean_estimate(by_trace(records, getattr(records, name)), 0.0)
+    result["usd_per_1k"] = mean_estimate(1e3 * by_trace(records, records.usd), 0.0)
+    result["done_per_s"] = mean_estimate(done / seconds, 0.0)
+    result["moves_per_min"] = mean_estimate(60 * records.moves.sum(axis=(1, 2)) / np.maximum(running, 1e-9), 0.0)
+    result["unfinished"] = mean_estimate(by_trace(records, (records.status != 0).astype(float)), 0.0, 1.0)
     result["queue_slope"] = _slopes(records)
     return result
 

@@ -5,7 +5,6 @@ Cells are kept in a folder as they are done, so a long run can be stopped and go
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -35,6 +34,7 @@ from splitwise_llm.bench.cells import (
 from splitwise_llm.bench.clairvoyant import clairvoyant_bound
 from splitwise_llm.bench.figures import Figures
 from splitwise_llm.bench.peers_lan import peer_cells
+from splitwise_llm.bench.recordings import link_files, read_recordings, spread_over
 from splitwise_llm.errors import RequestError, SpecError
 from splitwise_llm.observation import PLAIN, Tools
 from splitwise_llm.page import Ablation, MemoryRow, Scaling
@@ -44,8 +44,6 @@ from splitwise_llm.policies.planners import PLANNERS, When
 from splitwise_llm.records import Cell, Estimate
 from splitwise_llm.sim.episode import simulate
 from splitwise_llm.sim.scenarios import SCENARIOS, Case, Recordings, Scenario
-from splitwise_llm.traces import read_rtt, read_trace
-from splitwise_llm.workload import RequestTrace, read_requests
 
 Tell = Callable[[str], None]
 
@@ -86,11 +84,14 @@ class Grid:
     seed: int = 0
     keep: Path | None = None
     """A folder for cells; those that are there already are not run again."""
+    cut_gaps: bool = False
+    """Leave out what recorders paused in, instead of refusing it."""
 
     @cached_property
     def fingerprint(self) -> str:
         """Of everything that figures depend on: size, seed, recordings, and the source itself."""
-        digest = hashlib.sha256(repr((self.quick, self.size, self.seed, self.traces, self.requests)).encode())
+        settings = (self.quick, self.size, self.seed, self.traces, self.requests, self.cut_gaps)
+        digest = hashlib.sha256(repr(settings).encode())
         for file in sorted(Path(str(resources.files("splitwise_llm"))).rglob("*.py")):
             digest.update(file.read_bytes())
         return digest.hexdigest()[:16]
@@ -132,36 +133,40 @@ class Results:
 
 
 def run_grid(grid: Grid, tell: Tell) -> Results:
-    """Run what is not kept yet. Raises SpecError for unknown scenarios."""
+    """Run what is not kept yet. Raises SpecError for unknown scenarios and for recordings that cannot be replayed,
+    before anything is run."""
     known = {scenario.name: scenario for scenario in SCENARIOS}
     for name in grid.scenarios:
         if name not in known:
             raise SpecError(f"unknown scenario {name!r}; the scenarios are {', '.join(known)}")
     results = Results([], [], [], [], [])
-    for scenario in SCENARIOS:
-        if grid.scenarios and scenario.name not in grid.scenarios:
-            continue
+    chosen = [scenario for scenario in SCENARIOS if not grid.scenarios or scenario.name in grid.scenarios]
+    replayed = any(scenario.is_recorded for scenario in chosen)
+    recordings = recorded(grid.traces, grid.requests, 2 if grid.quick else 8, grid.cut_gaps) if replayed else []
+    for scenario in chosen:
         if scenario.name == "peer-lan":
             results.cells += _kept(grid, scenario.name, "all", peer_cells, tell)
             continue
-        for setting in _settings(grid, scenario, results, tell):
+        for setting in _settings(grid, scenario, recordings, results):
             _run_case(grid, setting, results, tell)
     results.scalings = scalings(results.cells)
     return results
 
 
-def _settings(grid: Grid, scenario: Scenario, results: Results, tell: Tell) -> Iterator[Setting]:
+def _settings(
+    grid: Grid, scenario: Scenario, recordings: Sequence[tuple[str, Recordings]], results: Results
+) -> Iterator[Setting]:
     for case in grid.cases(scenario):
         size = grid.size_of(scenario)
         if not scenario.is_recorded:
             yield Setting(scenario, case, size, first_trace=grid.seed * 1000)
-        elif grid.traces is None or grid.requests is None:
+        elif not recordings:
             results.skipped.append(f"{scenario.name}: no recordings were given (--traces DIR --requests FILE)")
             return
         else:
-            for name, recordings in recorded(grid.traces, grid.requests, 2 if grid.quick else 8):
+            for name, one in recordings:
                 labelled = replace(case, label=name)
-                yield Setting(scenario, labelled, size, recordings, first_trace=grid.seed * 1000)
+                yield Setting(scenario, labelled, size, one, first_trace=grid.seed * 1000)
 
 
 def _run_case(grid: Grid, setting: Setting, results: Results, tell: Tell) -> None:
@@ -353,54 +358,27 @@ def scalings(cells: Sequence[Cell]) -> list[Scaling]:
 
 
 def _speed_up(cells: dict[str, Cell], policy: str) -> Estimate:
+    """Over cloud-only; the relative limits of both means are added as of independent figures, which paired ones are
+    closer than."""
     base, mine = cells.get("cloud-only"), cells.get(policy)
     if not base or not mine:
         return Estimate(math.nan, math.nan, math.nan)
     above, below = base.metrics["mean_s"], mine.metrics["mean_s"]
-    return Estimate(above.value / below.value, above.low / below.high, above.high / max(below.low, 1e-9))
+    value = above.value / below.value
+    wide = math.hypot(*((one.high - one.low) / 2 / one.value for one in (above, below)))
+    return Estimate(value, value * math.exp(-wide), value * math.exp(wide))
 
 
-def recorded(traces: Path, requests: Path, most: int) -> Iterator[tuple[str, Recordings]]:
-    """Recordings by a short name: of a folder with `manifest.csv` the uplinks it recommends, each with the first RTT
-    log it recommends; of another folder, files whose names begin with up, down and rtt.
-
-    Requests are thinned to about one in half a minute. Raises SpecError.
-    """
-    asked = read_requests(requests)
-    thinned = asked.thin(max(1, round(30 * asked.mean_per_s)))
-    manifest = traces / "manifest.csv"
-    if manifest.exists():
-        yield from _of_manifest(traces, manifest, thinned, most)
-        return
-    ups = sorted(traces.glob("up*"))
-    if not ups:
-        raise SpecError(
-            f"{traces} has neither manifest.csv nor a file that begins with 'up'; put an uplink trace there"
-        )
-    rtts, downs = sorted(traces.glob("rtt*")), sorted(traces.glob("down*"))
-    rtt = read_rtt(rtts[0], gaps="cut") if rtts else None
-    down = read_trace(downs[0], "down", gaps="cut") if downs else None
-    for up in ups[:most]:
-        yield up.name.split(".")[0], Recordings(thinned, read_trace(up, "up", gaps="cut"), down, rtt)
-
-
-def _of_manifest(folder: Path, manifest: Path, requests: RequestTrace, most: int) -> Iterator[tuple[str, Recordings]]:
-    """Each recommended uplink with a recommended RTT log, in turn; links without a downlink of their own use the
-    uplink's rates both ways."""
-    with manifest.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("core") == "1"]
-    ups = [folder.parent / row["file"] for row in rows if row["direction"] == "up"]
-    rtts = []
-    for row in rows:
-        if row["direction"] not in ("up", "down"):
-            with suppress(SpecError):  # probes against idle time are no series
-                rtts.append(read_rtt(folder.parent / row["file"], gaps="cut"))
-    if not ups or not rtts:
-        raise SpecError(f"{manifest} recommends {len(ups)} uplinks and {len(rtts)} RTT logs; one of each is needed")
-    step = max(1, len(ups) // most)
-    for number, up in enumerate(ups[::step][:most]):
-        rtt = rtts[number * step % len(rtts)]
-        yield up.name.split(".")[0][:32], Recordings(requests, read_trace(up, "up", gaps="cut"), None, rtt)
+def recorded(
+    traces: Path | None, requests: Path | None, most: int, cut_gaps: bool = False
+) -> list[tuple[str, Recordings]]:
+    """At most so many recorded links of a folder, by their names, with the thinned requests; none where one of the
+    two is not given. Raises SpecError."""
+    if traces is None or requests is None:
+        return []
+    files = spread_over(link_files(traces), most)
+    read = read_recordings(files, requests, cut_gaps=cut_gaps)
+    return [(one.name, recordings) for one, recordings in zip(files, read, strict=True)]
 
 
 def figures_of(cells: Sequence[Cell], settings: dict[str, object]) -> Figures:

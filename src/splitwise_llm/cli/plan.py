@@ -11,6 +11,8 @@ import typer
 from rich.markup import escape
 
 from splitwise_llm.cli.options import JsonFile, app, out, write_json
+from splitwise_llm.cli.output import whole
+from splitwise_llm.cli.seeking import Progress, Seeker
 from splitwise_llm.cost import (
     NO_LOSS,
     UNLIMITED,
@@ -30,10 +32,11 @@ from splitwise_llm.errors import RequestError, SplitwiseError
 from splitwise_llm.observation import EVERYTHING, PLAIN, MachineView, Observation, Tools
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.policies import POLICIES, find_policy
+from splitwise_llm.policies.bounds import least_total_s
 from splitwise_llm.policies.explain import Flip, Question, Sensitivity, sensitivities
 from splitwise_llm.policies.objective import Latency
 from splitwise_llm.policies.planners import Planner
-from splitwise_llm.policies.solver import Solver
+from splitwise_llm.policies.solver import Solution
 from splitwise_llm.report import flips_table, partition_picture, plans_table, seconds_text
 from splitwise_llm.spec import Dtype, LinkSpec, ModelSpec, Weights, find_device, find_model
 from splitwise_llm.units import parse_seconds, show_bytes
@@ -72,6 +75,10 @@ def plan(
     acceptance: Annotated[float, typer.Option(help="Of drafted tokens; assumed, for --tools all.")] = 0.6,
     mesh: Annotated[bool, typer.Option(help="Join the workers with each other by the (first) link, too.")] = False,
     accuracy: Annotated[Path | None, typer.Option(help="Table of `splitwise profile --accuracy`.")] = None,
+    budget: Annotated[
+        float,
+        typer.Option(min=0.1, max=86_400, help="Seconds for searches; then the best so far is taken, and said to be."),
+    ] = 10.0,
     json_file: JsonFile = None,
 ) -> None:
     """Price every partition of a model over given machines: the best, each planner's, and what would change it."""
@@ -92,7 +99,8 @@ def plan(
     world = World(spec, tuple(hosts), _links(link or [], len(hosts) - 1, mesh), table, drafter)
     asked = _asked(world, job, _limits(floor, spec), batch, parse_seconds(wait), tools == "all")
     _say_what_is_assumed(asked, model, tools, acceptance)
-    _answer(asked, policy, json_file)
+    with whole(json_file) as part, Progress() as progress:
+        _answer(asked, policy, budget, progress, part)
 
 
 def _links(texts: Sequence[str], workers: int, mesh: bool) -> dict[tuple[int, int], LinkSpec]:
@@ -170,32 +178,42 @@ def _say_what_is_assumed(asked: _Asked, model: str, tools: str, acceptance: floa
     )
 
 
-def _answer(asked: _Asked, policy: str, json_file: Path | None) -> None:
-    solver = Solver(asked.world, asked.job, asked.observation.tools, asked.limits)
+def _answer(asked: _Asked, policy: str, budget_s: float, progress: Progress, json_file: Path | None) -> None:
+    tools = asked.observation.tools
+    solver = Seeker(asked.world, asked.job, tools, asked.limits, budget_s, progress)
     conditions = asked.world.conditions(asked.loads)
-    solution = solver.solve(conditions, Latency())
+    solution, is_spent = solver.solve(conditions, Latency()), solver.is_spent
 
     def priced(decision: Decision) -> Price:
         return price(asked.world, decision, asked.job, conditions)
 
     best = priced(solution.best.decision)
     other = priced(solution.runner_up.decision) if solution.runner_up else None
-    choices = {name: _choice(name, asked, solver) for name in POLICIES}
+    choices, hurried = {}, []
+    for name in POLICIES:
+        progress.say(f"what {name} would choose")
+        choices[name] = _choice(name, asked, solver)
+        hurried += [name] if solver.is_spent else []
     prices = {name: priced(choice) if isinstance(choice, Decision) else choice for name, choice in choices.items()}
     if policy:
         _show(f"{policy} chooses", prices[policy], asked)
     _show("best", best, asked)
-    if not solution.exact:
-        out.print(
-            f"(best of {solution.considered} cuts and U-shapes; halves divided between machines "
-            + ("were not all tried)" if solution.shared_considered else "cannot pay beside these)"),
-            style="dim",
-        )
+    least_s = least_total_s(asked.world, asked.job, tools, asked.limits, conditions)
+    above = None if solution.exact else best.total_s / least_s - 1
+    if above is not None:
+        out.print(_unproven(solution, above, budget_s if is_spent else None), style="dim", markup=False)
     rows: dict[str, tuple[str, Price] | str] = {"best": _row(best, asked)}
     divided = any(layer.is_shared for layer in best.decision.partition.layers)
     rows["runner-up"] = _row(other, asked) if other else "no other partition is admissible"
     rows |= {name: _row(one, asked) for name, one in prices.items()}
     out.print(plans_table({name: _escaped(row) for name, row in rows.items()}, best.total_s))
+    if hurried:
+        out.print(
+            f"({', '.join(hurried)}: the best found before the {budget_s:g} s were over; --budget)",
+            style="dim",
+            markup=False,
+        )
+    progress.say("what would have to change for another choice")
     challengers = [one.decision for one in (other, *prices.values()) if isinstance(one, Price)]
     question = Question(solver, Latency(), asked.loads, best.decision)
     flips = sensitivities(question, challengers, asked.batch, asked.wait_s)
@@ -210,6 +228,9 @@ def _answer(asked: _Asked, policy: str, json_file: Path | None) -> None:
             "machines": [host.device.name for host in asked.world.hosts],
             "accuracy": asked.world.accuracy.source,
             "exact": solution.exact,
+            "at_most_above": above,
+            "in_time": not is_spent,
+            "policies_not_in_time": hurried,
             "best": _data(best, asked),
             "runner_up": other and _data(other, asked),
             "policies": {
@@ -221,8 +242,19 @@ def _answer(asked: _Asked, policy: str, json_file: Path | None) -> None:
     )
 
 
-def _choice(name: str, asked: _Asked, solver: Solver) -> Decision | str:
+def _unproven(solution: Solution, above: float, spent_s: float | None) -> str:
+    """How far the best can be from the best of all, and what was left out."""
+    bound = f"not proven exact; at most {100 * above:.3g} % above the least that any partition can take"
+    if spent_s is not None:
+        tried = f"{solution.considered} cuts and U-shapes, and others"
+        return f"(the best found in {spent_s:g} s, among {tried}; {bound}; --budget)"
+    divided = "were not all tried" if solution.shared_considered else "cannot pay beside these"
+    return f"(best of {solution.considered} cuts and U-shapes; halves divided between machines {divided}; {bound})"
+
+
+def _choice(name: str, asked: _Asked, solver: Seeker) -> Decision | str:
     """What a policy chooses, or what forbids it any choice."""
+    solver.is_spent = False
     _, policy = POLICIES[name]
     try:
         if isinstance(policy, Planner):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,7 @@ from splitwise_llm.cli.options import (
     tell,
     write_json,
 )
+from splitwise_llm.cli.output import whole
 from splitwise_llm.errors import RequestError
 from splitwise_llm.spec import DeviceSpec, Dtype, LinkSpec, Weights
 
@@ -47,7 +49,8 @@ def fidelity(
     """Predicted against measured TTFT, TPOT, bytes and crossings: 13 partitions, 4 links, 2 models, slowed machines."""
     from splitwise_llm.bench.fidelity import run_fidelity
 
-    report(run(lambda: run_fidelity(rounds, tokens, quick, tell), json_file), json_file)
+    with whole(json_file) as part:
+        report(run(lambda: run_fidelity(rounds, tokens, quick, tell)), part)
 
 
 @app.command()
@@ -76,11 +79,15 @@ def profile(
     from splitwise_llm.wire.keys import device_files
 
     addresses = pairs(machine, "--machine", "cloud=127.0.0.1:7070")
-    if out_file:
-        out_file.open("a").close()  # tried before, not after
     files = device_files(tls) if tls else None
     called = name or platform.node() or "this machine"
-    run(lambda: _profile(model, called, addresses, files, budget, (dtype, weights, threads), out_file))
+    with contextlib.ExitStack() as stack:
+        outputs = {
+            ending: stack.enter_context(whole(out_file.with_suffix(ending) if out_file else None))
+            for ending in (*(f".{machine}.link.json" for machine in addresses), ".units.json")
+        }
+        outputs[""] = stack.enter_context(whole(out_file))
+        run(lambda: _profile(model, called, addresses, files, budget, (dtype, weights, threads), outputs))
 
 
 async def _profile(
@@ -90,8 +97,9 @@ async def _profile(
     tls: TlsFiles | None,
     budget_s: float,
     form: tuple[Dtype, Weights, int],
-    out_file: Path | None,
+    outputs: Mapping[str, Path | None],
 ) -> None:
+    """Measure, show, and write the device file (``), the units (`.units.json`) and each link where one is asked for."""
     from splitwise_llm.bench.processes import worker
     from splitwise_llm.engine.edge import LinkTo, edge_with
     from splitwise_llm.engine.meters import NO_METER, find_meter
@@ -124,6 +132,9 @@ async def _profile(
                 tell(f"energy by {meter.name}")
                 power = await watts(profiler, meter)
                 meter.close()
+                if power.idle > min(power.decode, power.prefill):
+                    tell("no power figures: it drew more idle than at work; other programs were running, try again")
+                    power = None
         figures = device_figures(name, edge.machine, units, at_most, profiler.load_bytes_per_s, power)
         fingerprint = edge.machine.checkpoint.fingerprint
         software_s = (await _probe("loopback", loopback, None, fingerprint)).echo_s if addresses else 0.0
@@ -132,13 +143,15 @@ async def _profile(
             for machine, address in addresses.items()
         }
     _show(figures, links, None if power else NO_METER)
-    if out_file:
-        write_json(out_file, figures)
-        DeviceSpec.from_file(out_file)  # what was written can be read
-        out_file.with_suffix(".units.json").write_text(units.to_json())
+    device, table = outputs[""], outputs[".units.json"]
+    if device and table:
+        write_json(device, figures)
+        if device.is_file():
+            DeviceSpec.from_file(device)  # what was written can be read
+        table.write_text(units.to_json())
         for machine, spec in links.items():
             said = {"link": spec.text, "source": f"{units.source}, payloads over the engine's own link"}
-            write_json(out_file.with_suffix(f".{machine}.link.json"), said)
+            write_json(outputs[f".{machine}.link.json"], said)
 
 
 async def _probe(machine: str, address: str, tls: TlsFiles | None, fingerprint: str) -> Probe:
@@ -175,9 +188,13 @@ def _accuracy(model: str, text: Path, tokens: int, dtype: Dtype, threads: int, o
         passage = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{text} is not valid UTF-8 ({error}); convert it with iconv -t UTF-8") from None
-    target = out_file.with_suffix(".accuracy.json") if out_file else None
-    if target:
-        target.open("a").close()
+    with whole(out_file.with_suffix(".accuracy.json") if out_file else None) as target:
+        _measure_accuracy(model, text.name, passage, tokens, dtype, threads, target)
+
+
+def _measure_accuracy(
+    model: str, name: str, passage: str, tokens: int, dtype: Dtype, threads: int, target: Path | None
+) -> None:
     tell("loading torch")
     import torch
 
@@ -188,7 +205,7 @@ def _accuracy(model: str, text: Path, tokens: int, dtype: Dtype, threads: int, o
     torch.set_num_threads(threads)
     checkpoint = Checkpoint(locate(model))
     ids = Tokenizer(checkpoint.directory).encode(passage)
-    table, figures = measure(checkpoint, ids, text.name, tokens, dtype, tell)
+    table, figures = measure(checkpoint, ids, name, tokens, dtype, tell)
     if target:
         target.write_text(table.to_json() + "\n")
     report(figures, None)

@@ -10,11 +10,16 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from splitwise_llm.cli.options import JsonFile, bench, out, tell, write_json
+from splitwise_llm.cli.output import whole
+from splitwise_llm.errors import RequestError
+
+if TYPE_CHECKING:
+    from splitwise_llm.bench.scenarios import Grid
 
 
 @bench.command("scenarios")
@@ -23,6 +28,7 @@ def bench_scenarios(
     scenario: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
     traces: Annotated[Path | None, typer.Option(help="Folder of recorded links, for real-traces.")] = None,
     requests: Annotated[Path | None, typer.Option(help="Recorded requests, for real-traces.")] = None,
+    cut_gaps: Annotated[bool, typer.Option("--cut-gaps", help="Leave out what recorders paused in.")] = False,
     worlds: Annotated[int, typer.Option(help="Traces per cell; 0: as many as the mode has.", min=0)] = 0,
     requests_per_trace: Annotated[int, typer.Option(help="0: as many as the mode has.", min=0)] = 0,
     seed: Annotated[int, typer.Option(min=0, max=1_000_000, help="Other traces.")] = 0,
@@ -35,42 +41,50 @@ def bench_scenarios(
 ) -> None:
     """Every scenario under every policy on paired traces: latency, energy, money, queues, and what must come out."""
     from splitwise_llm.bench.cells import Size
+    from splitwise_llm.bench.scenarios import Grid
+
+    if cut_gaps and not (traces and requests):
+        raise RequestError("--cut-gaps is of recordings: give --traces DIR and --requests FILE, too")
+    usual = Size(16, 70, 12) if quick else Size(32, 70, 20)
+    size = Size(worlds or usual.traces, requests_per_trace or usual.requests, usual.fixed_requests)
+    grid = Grid(quick, tuple(scenario or ()), size, traces, requests, seed, keep, cut_gaps)
+    with whole(html) as page, whole(csv) as table, whole(json_file) as figures:
+        _run(grid, page, table, figures)
+
+
+def _run(grid: Grid, page: Path | None, table: Path | None, figures_file: Path | None) -> None:
     from splitwise_llm.bench.claims import OURS, claims_of
-    from splitwise_llm.bench.scenarios import Grid, figures_of, page_settings, run_grid
+    from splitwise_llm.bench.scenarios import figures_of, page_settings, run_grid
     from splitwise_llm.page import Contents, Provenance, to_csv, to_html
     from splitwise_llm.report import claims_table
 
-    for file in (html, csv, json_file):
-        if file:
-            file.open("a").close()
-    usual = Size(16, 70, 12) if quick else Size(32, 70, 20)
-    size = Size(worlds or usual.traces, requests_per_trace or usual.requests, usual.fixed_requests)
     begin = time.monotonic()
-    results = run_grid(Grid(quick, tuple(scenario or ()), size, traces, requests, seed, keep), tell)
+    results = run_grid(grid, tell)
     took = time.monotonic() - begin
     claims = claims_of(results.cells)
     out.print(claims_table([(claim.scenario, claim.text, claim.holds, claim.measured) for claim in claims]))
     for skipped in results.skipped:
         out.print(f"not run: {skipped}", style="yellow", markup=False)
     settings: dict[str, object] = {
-        "quick": quick, "traces": size.traces, "requests_per_trace": size.requests, "seed": seed, "run_s": took,
+        "quick": grid.quick, "traces": grid.size.traces, "requests_per_trace": grid.size.requests, "seed": grid.seed,
+        "cut_gaps": grid.cut_gaps, "run_s": took,
     }  # fmt: skip
     figures = figures_of(results.cells, settings)
     decided = [claim for claim in claims if claim.holds is not None]
     figures.add("claims_decided", len(decided))
     figures.add("claims_held", sum(bool(claim.holds) for claim in decided))
-    write_json(json_file, figures.to_dict())
-    if csv:
-        csv.write_text(to_csv(results.cells))
-    if html:
+    write_json(figures_file, figures.to_dict())
+    if table:
+        table.write_text(to_csv(results.cells))
+    if page:
         contents = Contents(
             tuple(results.cells),
             page_settings(),
             tuple(claims),
             Provenance(
                 command=shlex.join(["splitwise", *sys.argv[1:]]),
-                seed=seed,
-                traces=tuple(str(path.name) for path in (traces, requests) if path) or ("generated",),
+                seed=grid.seed,
+                traces=tuple(path.name for path in (grid.traces, grid.requests) if path) or ("generated",),
                 version=version("splitwise-llm"),
                 date=datetime.now(UTC).date().isoformat(),
                 machine=platform.machine(),
@@ -79,6 +93,7 @@ def bench_scenarios(
                 remarks=(
                     "drafting at an assumed acceptance of 0.6",
                     "joules and prices are modelled",
+                    *(["pauses of recorders are cut out of the recorded links"] if grid.cut_gaps else []),
                     *results.skipped,
                 ),
             ),
@@ -87,6 +102,6 @@ def bench_scenarios(
             memory=tuple(results.memory),
             scalings=tuple(results.scalings),
         )
-        html.write_text(to_html(contents))
+        page.write_text(to_html(contents))
     held = sum(bool(claim.holds) for claim in decided)
     out.print(f"{len(results.cells)} cells in {took:.0f} s; {held} of {len(decided)} claims hold")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitwise_llm.cli.options import JsonFile, app, bench, out, report, tell
+from splitwise_llm.cli.output import whole
 from splitwise_llm.errors import SpecError
 
 if TYPE_CHECKING:
@@ -22,9 +23,11 @@ def simulate(
     policy: Annotated[str, typer.Option(help="Who decides, as in cloud-only, neurosurgeon or drift.")] = "drift",
     case: Annotated[str, typer.Option(help="Device and model, as in orin-7b; default: the scenario's first.")] = "",
     traces: Annotated[
-        Path | None, typer.Option(help="Folder of recorded links: *up*, and *down*, *rtt* if any.")
+        Path | None, typer.Option(help="Folder of recorded links: manifest.csv, or *up*, and *down*, *rtt* if any.")
     ] = None,
+    recording: Annotated[str, typer.Option(help="Which link of the folder, by its name; default: the first.")] = "",
     requests: Annotated[Path | None, typer.Option(help="Recorded requests (Azure CSV or Mooncake JSON lines).")] = None,
+    cut_gaps: Annotated[bool, typer.Option("--cut-gaps", help="Leave out what recorders paused in.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1)] = 0,
     worlds: Annotated[int, typer.Option(min=1, max=4096, help="Traces: independent repetitions.")] = 8,
     requests_per_trace: Annotated[int, typer.Option(min=1, max=100_000, help="Per device.")] = 125,
@@ -44,18 +47,21 @@ def simulate(
     row = find_scenario(scenario)
     one = row.case(case or (row.cases[0].name if row.cases else ""))
     chooser = find_chooser(policy, PLAIN if plain else TOOLS, row.limits, arrivals_per_s=one.per_s)
-    if (traces or requests) and not row.is_recorded:
+    if (traces or requests or recording or cut_gaps) and not row.is_recorded:
         raise SpecError(
-            f"scenario {row.name} draws its links and requests; --traces and --requests are for real-traces"
+            f"scenario {row.name} draws its links and requests; --traces, --recording, --cut-gaps and --requests are "
+            "for real-traces"
         )
-    recordings = read_recordings(traces, requests) if row.is_recorded else None
-    with out_file.open("w") as file:
+    recordings = _recordings(traces, recording, requests, cut_gaps) if row.is_recorded else None
+    with whole(out_file) as part:
+        assert part is not None
         tell(f"plans for {row.name}.{one.name}")
         params = Setting(row, one, Size(worlds, requests_per_trace, 1), recordings, acceptance=acceptance).params
         tell(f"{worlds} traces of {requests_per_trace} requests for each of {params.num_devices} devices")
         begin = time.perf_counter()
         records = run(params, draw(params, TEST.seed + seed, range(worlds), requests_per_trace), chooser)
-        records.write(file)
+        with part.open("w") as file:
+            records.write(file)
     counted = records.counted()
     total, joules = records.total_s[counted], records.device_j[counted]
     ttft = np.nanmean(records.ttft_s[counted])
@@ -68,25 +74,16 @@ def simulate(
     out.print("\n".join(said), markup=False)
 
 
-def read_recordings(traces: Path | None, requests: Path | None) -> Recordings:
-    """The links in a folder and the requests in a file. Raises SpecError that says what is missing."""
-    from splitwise_llm.sim.scenarios import Recordings
-    from splitwise_llm.traces import read_rtt, read_trace
-    from splitwise_llm.workload import read_requests
+def _recordings(traces: Path | None, recording: str, requests: Path | None, cut_gaps: bool) -> Recordings:
+    """One link of a folder with the requests in a file. Raises SpecError that says what is missing."""
+    from splitwise_llm.bench.recordings import link_files, named, read_recordings
 
     if traces is None or requests is None:
         raise SpecError("this scenario replays recordings: give --traces DIR and --requests FILE")
-    if not traces.is_dir():
-        raise SpecError(f"{traces} is no folder; give one that holds link traces (*up*, and *down* and *rtt* if any)")
-    found = {name: sorted(path for path in traces.iterdir() if name in path.name) for name in ("up", "down", "rtt")}
-    if not found["up"]:
-        raise SpecError(f"{traces} has no file with 'up' in its name; put an uplink trace there, as in lte.up")
-    return Recordings(
-        read_requests(requests),
-        read_trace(found["up"][0], "up", gaps="cut"),
-        read_trace(found["down"][0], "down", gaps="cut") if found["down"] else None,
-        read_rtt(found["rtt"][0], gaps="cut") if found["rtt"] else None,
-    )
+    files = link_files(traces)
+    one = named(files, recording)
+    tell(f"the link is {one.name}, one of {len(files)} (--recording): {one.text}")
+    return read_recordings([one], requests, cut_gaps=cut_gaps)[0]
 
 
 @bench.command("simulator")
@@ -99,9 +96,8 @@ def bench_simulator(
     """Decisions and events per second with drift plus penalty in the loop, batched and not, and that both agree."""
     from splitwise_llm.bench.simulator import run_simulator
 
-    if json_file:
-        json_file.open("a").close()
-    report(run_simulator(worlds, requests, states, tell), json_file)
+    with whole(json_file) as part:
+        report(run_simulator(worlds, requests, states, tell), part)
 
 
-__all__ = ["bench_simulator", "read_recordings", "simulate"]
+__all__ = ["bench_simulator", "simulate"]

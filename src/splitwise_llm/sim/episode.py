@@ -9,6 +9,7 @@ from typing import IO
 
 import numpy as np
 
+from splitwise_llm.decision import Decision
 from splitwise_llm.observation import Chooser
 from splitwise_llm.sim.asking import Question, answer, questions
 from splitwise_llm.sim.draws import Traces
@@ -112,12 +113,17 @@ class Records:
         return np.asarray((self.status != MISSING) & (np.arange(self.status.shape[2]) >= skip))
 
     def lines(self) -> Iterator[dict[str, object]]:
-        """One plain mapping per request, in order of world, device and number."""
+        """One plain mapping per request, in order of world, device and number; plans and machines in words. The plans
+        of a request that never began are None."""
         physics = self.params.physics
+        bills = [one for table in physics.tables for one in table.bills]  # by row
         for e, d, n in np.argwhere(self.status != MISSING).tolist():
             at = (e, d, n)
-            plans = [int(self.first_plan[at]), int(self.last_plan[at])]
-            numbers = [plan - int(physics.first[physics.table_of[plan]]) for plan in plans]
+            begun = self.status[at] != SHED and np.isfinite(self.tokens[at])
+            first, last = (
+                _driven(bills[int(plan[at])].decision) if begun else None for plan in (self.first_plan, self.last_plan)
+            )
+            edge, cloud = physics.tables[self.params.device_tables[d] + self.traces.prompt_class[at]].world.hosts
             figures = {
                 name: _plain(getattr(self, name)[at])
                 for name in (
@@ -129,7 +135,8 @@ class Records:
                 "prompt_tokens": int(self.traces.prompt_tokens[at]), **figures,
                 "missed": bool(self.missed[at]), "shed": int(self.status[at]) == SHED,
                 "moves": int(self.moves[at]), "preempted": int(self.preempted[at]),
-                "table": int(physics.table_of[plans[0]]), "first_plan": numbers[0], "last_plan": numbers[1],
+                "edge": edge.device.name, "cloud": cloud.device.name,
+                "first_plan": first, "last_plan": last,
                 "mode_s": dict(zip(MODES, self.mode_s[at].round(6).tolist(), strict=True)),
             }  # fmt: skip
 
@@ -137,6 +144,14 @@ class Records:
         """One line of JSON per request."""
         for line in self.lines():
             file.write(json.dumps(line) + "\n")
+
+
+def _driven(decision: Decision) -> dict[str, object]:
+    """A decision for people: where each part of the model runs, and how it is driven."""
+    return {
+        "partition": decision.partition.text(("edge", "cloud")), "wire": decision.wire.value,
+        "prefill_chunk": decision.prefill_chunk, "draft": decision.draft,
+    }  # fmt: skip
 
 
 def _plain(value: float) -> float | None:
