@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from physics.examples import FP16, LINKS, SMALL, box, edge_and_cloud, on, world, worlds
-from splitwise_llm.cost import Job, Load, Moving, World, bill, moving
+from physics.examples import FP16, LINKS, SMALL, box, edge_and_cloud, on, serial_partitions, world, worlds
+from splitwise_llm import plan as plans
+from splitwise_llm.cost import Form, Job, Load, Moving, World, bill, moving
+from splitwise_llm.cost.moving import Gain, moving_from
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.partition import Partition
+from splitwise_llm.rebuild import Fill, Held, Holdings
 from splitwise_llm.spec import LinkSpec
 from strategies import NAMES, partitions
 
@@ -28,7 +31,7 @@ def ways_s(here: World, move: Moving) -> tuple[float, float]:
     return sum(float(x @ g.recompute) for g in move.gains), sum(float(x @ g.transfer) for g in move.gains)
 
 
-# Dies when cost/moving.py says `spec.kv_bytes_per_position(1, ` for `spec.kv_bytes_per_position(units, `.
+# Dies when cost/moving.py says `kv_bytes_per_position(1, ` for `kv_bytes_per_position(carry.num_units, `.
 @pytest.mark.parametrize(("rate", "seconds"), [("20mbit", 215), ("100mbit", 43), ("1gbit", 4.3)])
 def test_the_cache_of_1024_tokens_of_a_7b_takes_long_on_any_link(rate: str, seconds: float) -> None:
     here = edge_and_cloud("orin-nx", "a100")
@@ -50,7 +53,7 @@ def test_recomputing_a_session_of_1024_tokens_on_the_device_takes_its_prefill(ed
     assert all(gain.recompute_bytes == 0 for gain in move.gains)  # the device has the ids
 
 
-# Dies when cost/moving.py says `np.maximum(conditions @ gain.recompute` for `np.minimum(conditions @ gain.recompute`.
+# Dies when cost/moving.py says `np.maximum(fill,` for `np.minimum(fill,`.
 @pytest.mark.parametrize("rate", ["1mbit", "20mbit", "100mbit", "1gbit", "10gbit", "100gbit"])
 @pytest.mark.parametrize("edge", ["orin-nx", "s23", "pi5"])
 def test_the_faster_way_is_taken_and_neither_is_free(edge: str, rate: str) -> None:
@@ -82,7 +85,7 @@ def test_cloud_only_from_the_device_takes_the_ids_and_a_fast_prefill() -> None:
     assert move.busy_s(1) > 0 == move.busy_s(0)
 
 
-# Dies when cost/moving.py says `return False` for `return set(old.owners(half - 1)) != set(old.owners(half))`.
+# Dies when rebuild.py says `if True:` for `if before == after:`.
 def test_from_a_u_shape_to_the_device_nothing_crosses_and_only_the_middle_is_recomputed() -> None:
     here = world(SMALL, box(), box(), link=LINKS["cell"])
     (gain,) = moving(here, U, on(SMALL, 0), CONTEXT).gains
@@ -112,7 +115,7 @@ def test_a_deeper_cut_is_fed_from_the_boundary_that_was_kept_with_the_wire_preci
     assert x @ gain.transfer == 2 * cache  # through the device
 
 
-# Dies when cost/moving.py says `while False and not _kept` for `while before and not _kept`.
+# Dies when rebuild.py says `return Fill(last, last + 1, DEVICE` for `return Fill(0, last + 1, DEVICE`.
 def test_where_no_boundary_was_kept_whoever_runs_the_halves_before_runs_them_again() -> None:
     here = world(SMALL, box(), box(), link=LINKS["cell"])
     (gain,) = moving(here, on(SMALL, 0).partition, Decision(Partition.cut(SMALL, 4), FP16), CONTEXT).gains
@@ -121,7 +124,7 @@ def test_where_no_boundary_was_kept_whoever_runs_the_halves_before_runs_them_aga
     assert gain.recompute_bytes == FP16.payload_bytes(CONTEXT, SMALL.d_model)
 
 
-# Dies when cost/moving.py says `half + 1 < 0:` for `half + 1 < stop:`.
+# Dies when cost/moving.py says `half + 1 < 0:` for `half + 1 < fill.stop:`.
 def test_beginning_to_share_takes_both_machines_and_every_exchange() -> None:
     here = world(SMALL, box(), box(), link=LINKS["lan"])
     new = Decision(Partition.shared(SMALL, {0: 1, 1: 1}), FP16)
@@ -190,3 +193,105 @@ def test_a_move_is_priced_under_many_conditions_at_a_time() -> None:
     many = np.abs(rng.normal(size=(3, 5, here.basis.size)))
     assert move.seconds(many).shape == (3, 5)
     assert move.seconds(many)[2, 4] == pytest.approx(move.seconds(many[2, 4]))
+
+
+def fastest_s(x: Form, gains: tuple[Gain, ...]) -> float:
+    """By trying every way of every gap; a fill closes what lies in it."""
+    if not gains:
+        return 0.0
+    *rest, last = gains
+    left = tuple(gain for gain in rest if not last.gap.fills(gain.gap))
+    ways = [float(x @ last.recompute) + fastest_s(x, left)]
+    if last.gap.carries:
+        ways.append(float(x @ last.transfer) + fastest_s(x, tuple(rest)))
+    return min(ways)
+
+
+# Dies when cost/moving.py says `chosen[1:]` for `chosen[::-1]`.
+@given(st.data())
+def test_what_is_chosen_takes_what_the_move_is_said_to_take_and_nothing_is_faster(data: st.DataObject) -> None:
+    here = data.draw(worlds())
+    old, new = data.draw(partitions(here.spec)), data.draw(partitions(here.spec))
+    context, x = data.draw(st.integers(1, 100)), here.conditions()
+    holdings = Holdings.of(old, context, 3)
+    if data.draw(st.booleans()):
+        holdings = holdings.without(data.draw(st.integers(0, 2)))
+    move = moving_from(here, holdings, Decision(new, FP16), context)
+    said = float(move.seconds(x))
+    assert said == pytest.approx(fastest_s(x, move.gains))
+    forms = [*((g.gap.fill, g.recompute) for g in move.gains), *((g.gap.carries, g.transfer) for g in move.gains)]
+    ways = move.choose(x)
+    taken = sum(float(x @ next(form for known, form in forms if known == way)) for way in ways)
+    assert said == pytest.approx(taken)
+    assert said <= sum(ways_s(here, Moving((g,), move.entry))[0] for g in move.gains) * (1 + 1e-9)
+    assert list(move.recomputes(x)) == [g.gap.carries == () or g.gap.carries not in ways for g in move.gains]
+
+
+# Dies when cost/moving.py says `number = number - 1` for `number = before if recompute else number - 1`.
+# Dies when cost/moving.py says `sum(1 for` for `sum(not self.gains[number].gap.fills(gain.gap) for`.
+def test_what_the_longer_walk_passes_is_not_walked_before() -> None:
+    """From the cloud to a U: the suffix is reached through the prefix, which is then done."""
+    here = world(SMALL, box(), box(), link=LINKS["cell"])
+    move = moving(here, on(SMALL, 1).partition, Decision(U, FP16), CONTEXT)
+    x = here.conditions()
+    prefix, suffix = move.gains
+    assert move.choose(x) == (Fill(0, 15, 0, 0, CONTEXT),)
+    assert move.recomputes(x) == (True, True)
+    assert move.seconds(x) == pytest.approx(float(x @ suffix.recompute))
+    x[here.basis.inverse(1, 0)] = 1e-12  # a link as fast as any
+    x[here.basis.inverse(0, 1)] = 1e-5
+    assert move.choose(x) == (prefix.gap.fill, suffix.gap.carries)
+    assert move.recomputes(x) == (True, False)
+
+
+# Dies when cost/moving.py says `holders = [new.partition.owners(0)[0]]` for `holders = [new.partition.embed]`.
+def test_ids_go_to_the_embedding_alone() -> None:
+    """Who keeps the embedding on the device does not send ids to move, either."""
+    here = world(SMALL, box(), box(), link=LINKS["wan"])
+    veiled = Partition.u_shape(SMALL, 0, 0)
+    (gain,) = moving(here, on(SMALL, 0).partition, Decision(veiled, FP16), CONTEXT).gains
+    assert gain.recompute_bytes == FP16.payload_bytes(CONTEXT, SMALL.d_model)
+    (gain,) = moving(here, on(SMALL, 0).partition, on(SMALL, 1), CONTEXT).gains
+    assert gain.recompute_bytes == 4 * CONTEXT
+
+
+# Dies when cost/moving.py says `crossed += stream` for `crossed += len(without) * stream`.
+# Dies when cost/moving.py says `holders = []` for `holders = list(units)`.
+@given(st.data())
+def test_a_fill_is_billed_for_the_bytes_of_its_excerpt(data: st.DataObject) -> None:
+    """Exactly, where no half is shared; partial sums for those who do not go on are billed and not sent."""
+    here = data.draw(worlds())
+    is_serial = data.draw(st.booleans())
+    new = data.draw(serial_partitions(here.spec) if is_serial else partitions(here.spec))
+    old, context = data.draw(partitions(here.spec)), data.draw(st.integers(1, 100))
+    for gain in moving(here, old, Decision(new, FP16), context).gains:
+        fill = gain.gap.fill
+        feeder = fill.feeder if fill.first else None
+        excerpt = plans.excerpt(Decision(new, FP16), here.spec, 3, here.direct, fill.first, fill.stop, feeder)
+        sent = sum(excerpt.payload_bytes(move, context) for move in excerpt.moves)
+        assert gain.recompute_bytes == sent if is_serial else gain.recompute_bytes >= sent
+
+
+# Dies when cost/moving.py says `rows = fill.context` for `rows = fill.context - fill.start`.
+# Dies when cost/moving.py says `carry.context * per_` for `(carry.context - carry.start) * per_`.
+def test_only_the_positions_that_lack_are_paid_for() -> None:
+    here = world(SMALL, box(), box(), link=LINKS["wan"])
+    device = Holdings.of(U, CONTEXT, 2).machines[0]
+    early = {**device.filled, **dict.fromkeys(range(4, 12, 2), dict.fromkeys(range(8), 3 * CONTEXT // 4))}
+    holdings = Holdings.of(U, CONTEXT, 2).replaced(0, Held(early, device.kept))
+    (part,) = moving_from(here, holdings, on(SMALL, 0), CONTEXT).gains
+    (whole,) = moving(here, U, on(SMALL, 0), CONTEXT).gains
+    assert part.transfer_bytes == whole.transfer_bytes / 4
+    assert part.busy_s[0] < 0.5 * whole.busy_s[0]
+
+
+def test_a_dead_machine_is_rebuilt_by_recomputing_whatever_the_link_and_is_waited_for_again() -> None:
+    here = world(SMALL, box(), box(), link=LinkSpec.parse("rtt=0ms up=100gbit down=100gbit"))
+    old = Decision(U, FP16)
+    holdings = Holdings.of(U, CONTEXT, 2)
+    assert moving_from(here, holdings, old, CONTEXT).gains == ()
+    x = here.conditions({1: Load(wait_s=3.0)})
+    lost = moving_from(here, holdings.without(1), old, CONTEXT)
+    assert lost.choose(x) == (Fill(4, 11, 0, 0, CONTEXT),)
+    stays = moving_from(here, holdings.without(1), old, CONTEXT, admitted=(0, 1))
+    assert lost.seconds(x) == pytest.approx(3.0 + float(stays.seconds(x)))

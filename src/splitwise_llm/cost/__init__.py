@@ -31,7 +31,7 @@ from splitwise_llm.cost.counts import (
 from splitwise_llm.cost.hosts import Host, UnitTimes, stage_seconds
 from splitwise_llm.cost.limits import UNLIMITED, Floor, Limits, obstacle
 from splitwise_llm.cost.measured import Measured
-from splitwise_llm.cost.moving import Moving, moving
+from splitwise_llm.cost.moving import Moving, moving, moving_from
 from splitwise_llm.cost.price import Entry, Price, Prices, Table, Work, price
 from splitwise_llm.cost.terms import IDLE, Basis, Delay, Form, Load, Pair
 from splitwise_llm.cost.world import Drafter, Job, Tariff, World
@@ -69,6 +69,7 @@ __all__ = [
     "memory_bytes",
     "model_flop",
     "moving",
+    "moving_from",
     "obstacle",
     "price",
     "stage_seconds",
