@@ -9,7 +9,8 @@ SplitwiseError
 │   ├── RequestError       a prompt, sampling or session option that cannot be served
 │   ├── SpecError          a device, link or trace file, or a number with a unit, that cannot be right
 │   ├── ListenError        an address that cannot be listened on (taken, or open without TLS)
-│   └── KeysError          certificates that are missing, expired or do not match
+│   ├── KeysError          certificates that are missing, expired or do not match
+│   └── JournalError       a journal of another model or version, damaged, in the way, or in use
 ├── PeerError              the other machine or the link between; exit code 3
 │   ├── Unreachable        nobody answers at this address
 │   ├── LinkDied           the link ended while it was in use
@@ -65,6 +66,10 @@ class KeysError(UserError):
     """Certificates or keys that are missing or cannot be used."""
 
 
+class JournalError(UserError):
+    """A session's journal that cannot be gone on with, or cannot be begun."""
+
+
 class PeerError(SplitwiseError):
     """Another machine, or the link to it, failed; the caller did nothing wrong."""
 
@@ -88,7 +93,11 @@ class ProtocolError(PeerError):
 
 
 class WorkerFailed(PeerError):
-    """A worker reported an error of its own and ended the session."""
+    """A worker reported an error of its own and ended the session, or has no place now (and says when to ask again)."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class BrokenInvariant(SplitwiseError):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from splitwise_llm.decision import WirePrecision
-from splitwise_llm.errors import ProtocolError, RequestError
-from splitwise_llm.wire.codec import ElementLoss, decode, encode, round_trip
+from splitwise_llm.errors import BrokenInvariant, ProtocolError, RequestError
+from splitwise_llm.wire.codec import ElementLoss, decode, encode, glue, round_trip, rows
 
 RELATIVE_ERROR = {"fp32": 0.0, "bf16": 2**-8, "fp16": 2**-11, "int8": 0.5 / 127, "int4": 0.5 / 7}
 """Largest error of an element, over the largest of its row."""
@@ -75,3 +75,45 @@ def test_lost_elements_depend_on_seed_stream_and_position_not_on_chunking() -> N
     assert torch.equal(ElementLoss().apply(x, "any", 0), x)
     with pytest.raises(RequestError, match="element loss"):
         ElementLoss(1.0)
+
+
+@given(st.integers(1, 9), st.integers(1, 70), st.sampled_from(WirePrecision), st.data())
+def test_encoded_rows_are_what_encoding_those_rows_gives(
+    count: int, columns: int, wire: WirePrecision, data: st.DataObject
+) -> None:
+    x = activations((count, columns), seed=count)
+    payload = encode(x, wire)
+    start = data.draw(st.integers(0, count))
+    stop = data.draw(st.integers(start, count))
+    alone = encode(x[start:stop], wire) if stop > start else b""
+    assert rows(payload, wire, count, columns, start, stop) == alone
+    assert rows(memoryview(payload), wire, count, columns, 0, count) == payload
+    assert rows(payload, wire, count, columns, 0, count) is payload
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(1, 70), st.sampled_from(WirePrecision))
+def test_glued_pieces_decode_to_the_concatenation_of_the_pieces_to_the_bit(
+    counts: list[int], columns: int, wire: WirePrecision
+) -> None:
+    pieces = [(encode(activations((n, columns), seed), wire), n) for seed, n in enumerate(counts)]
+    glued = glue([(memoryview(payload) if n % 2 else payload, n) for payload, n in pieces], wire, columns)
+    total = sum(counts)
+    assert torch.equal(
+        decode(glued, wire, total, columns), torch.cat([decode(payload, wire, n, columns) for payload, n in pieces])
+    )
+    start = 0
+    for payload, n in pieces:
+        assert rows(glued, wire, total, columns, start, start + n) == payload
+        start += n
+
+
+@pytest.mark.parametrize("wire", WirePrecision)
+def test_rows_that_are_not_there_and_pieces_of_another_length_are_refused(wire: WirePrecision) -> None:
+    payload = encode(torch.ones(3, 7), wire)
+    for start, stop in [(-1, 2), (2, 1), (0, 4)]:
+        with pytest.raises(BrokenInvariant, match="of 3 encoded"):
+            rows(payload, wire, 3, 7, start, stop)
+    with pytest.raises(ProtocolError, match="bytes, got"):
+        rows(payload, wire, 4, 7, 0, 1)
+    with pytest.raises(ProtocolError, match="bytes, got"):
+        glue([(payload, 3), (payload, 2)], wire, 7)

@@ -16,14 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitwise_llm.errors import LinkDied, RequestError
+from splitwise_llm.wire.faulty import FaultyLink
 from splitwise_llm.wire.grpc_link import dial, serve
+from splitwise_llm.wire.injector import Faults
 from splitwise_llm.wire.keys import make_keys
 from splitwise_llm.wire.link import MAX_FRAME_BYTES, Link, TlsFiles
 from splitwise_llm.wire.memory import memory_pair
+from splitwise_llm.wire.sequence import Sequenced
 from splitwise_llm.wire.shaped import ShapedLink
 from splitwise_llm.wire.shaper import LinkShape
 
-KINDS = ["memory", "grpc", "grpc-tls", "shaped-memory", "shaped-grpc"]
+KINDS = [
+    "memory", "grpc", "grpc-tls", "shaped-memory", "shaped-grpc", "faulty-memory", "faulty-grpc",
+    "sequenced-memory", "sequenced-shaped-grpc", "sequenced-faulty-memory", "sequenced-faulty-shaped-grpc",
+]  # fmt: skip
 SOON_S = 10.0
 
 
@@ -61,7 +67,17 @@ def run(request: pytest.FixtureRequest, keys: tuple[TlsFiles, TlsFiles]) -> Call
 
 @asynccontextmanager
 async def open_pair(kind: str, keys: tuple[TlsFiles, TlsFiles] | None = None) -> AsyncIterator[Pair]:
-    if kind.startswith("shaped-"):
+    if kind.startswith("sequenced-"):
+        async with open_pair(kind.removeprefix("sequenced-"), keys) as pair:
+            yield Pair(Sequenced(pair.device), Sequenced(pair.worker), pair.kill)
+    elif kind.startswith("faulty-"):
+        async with open_pair(kind.removeprefix("faulty-"), keys) as pair:
+            faulty = FaultyLink(pair.device, Faults())
+            try:
+                yield Pair(faulty, pair.worker, pair.kill)
+            finally:
+                await faulty.close()
+    elif kind.startswith("shaped-"):
         async with open_pair(kind.removeprefix("shaped-"), keys) as pair:
             shaped = ShapedLink(pair.device, LinkShape(up=1e9, down=1e9, delay_s=0.002))
             try:
@@ -259,8 +275,10 @@ def test_ones_own_close_ends_a_receive_that_waits(run: Callable[[Test], None]) -
 def test_a_frame_over_the_limit_is_refused_and_the_link_goes_on(run: Callable[[Test], None]) -> None:
     async def body(pair: Pair) -> None:
         for sender, receiver in pair.ways():
-            with pytest.raises(RequestError, match=rf"{MAX_FRAME_BYTES + 1} bytes.*{MAX_FRAME_BYTES} bytes"):
-                await sender.send(bytes(MAX_FRAME_BYTES + 1))
+            limit = sender.max_frame_bytes
+            assert MAX_FRAME_BYTES - 100 < limit <= MAX_FRAME_BYTES
+            with pytest.raises(RequestError, match=rf"{limit + 1} bytes.*{limit} bytes"):
+                await sender.send(bytes(limit + 1))
             await sender.send(b"fits")
             assert await receiver.receive() == b"fits"
 

@@ -17,7 +17,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from splitwise_llm.errors import ListenError, SpecError
+from splitwise_llm.errors import LinkDied, ListenError, SpecError, Unreachable
+from splitwise_llm.wire.faults import Fault, Injection, Layer, parse_schedule
+from splitwise_llm.wire.grpc_link import dial, serve
+from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.proxy import Proxy, run_proxy
 from splitwise_llm.wire.shaper import LinkShape
 
@@ -52,10 +55,13 @@ async def server(serve: Serve) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def proxied(serve: Serve, text: str, queue_bytes: int = 4 * 2**20) -> AsyncIterator[Proxy]:
+async def proxied(serve: Serve, text: str, queue_bytes: int = 4 * 2**20, faults: str = "") -> AsyncIterator[Proxy]:
+    schedule = parse_schedule(faults, Layer.PROXY) if faults else ()
     async with (
         server(serve) as address,
-        await run_proxy("127.0.0.1:0", address, LinkShape.parse(text), queue_bytes=queue_bytes) as proxy,
+        await run_proxy(
+            "127.0.0.1:0", address, LinkShape.parse(text), queue_bytes=queue_bytes, faults=schedule
+        ) as proxy,
     ):
         yield proxy
 
@@ -330,5 +336,197 @@ def test_stopping_ends_open_connections_and_frees_the_port() -> None:
                     await reader.readexactly(100_000)
             with pytest.raises(ConnectionRefusedError):
                 await asyncio.open_connection(*proxy.address)
+
+    run(scenario)
+
+
+def test_while_connections_are_refused_each_is_reset_and_counted_and_open_ones_go_on() -> None:
+    async def scenario() -> None:
+        async with proxied(echo, "") as proxy, client(proxy) as (reader, writer):
+            writer.write(b"one")
+            assert await reader.readexactly(3) == b"one"
+            proxy.inject(Injection(Fault.CONNECT_REFUSED))
+            for _ in range(2):
+                with pytest.raises(ConnectionResetError):
+                    async with client(proxy) as (refused, _):
+                        await refused.readexactly(1)
+            assert proxy.fired == {Fault.CONNECT_REFUSED: 2}
+            writer.write(b"two")
+            assert await reader.readexactly(3) == b"two"
+            proxy.heal()
+            async with client(proxy) as (again, other):
+                other.write(b"new")
+                assert await again.readexactly(3) == b"new"
+
+    run(scenario)
+
+
+def test_a_reset_breaks_every_connection_at_both_ends_and_only_once() -> None:
+    async def scenario() -> None:
+        broken = 0
+
+        async def watch(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal broken
+            try:
+                await echo(reader, writer)
+            except ConnectionResetError:
+                broken += 1
+
+        async with proxied(watch, "rtt=2ms", faults="reset after=0.1s") as proxy:
+            async with client(proxy) as (one, first), client(proxy) as (two, second):
+                for reader, writer in ((one, first), (two, second)):
+                    writer.write(b"x")
+                    assert await reader.readexactly(1) == b"x"
+                for reader in (one, two):
+                    with pytest.raises(ConnectionResetError):
+                        await reader.readexactly(1)
+            assert proxy.fired == {Fault.RESET: 2}
+            await asyncio.sleep(0.05)  # the server's tasks have their turn
+            assert broken == 2
+            async with client(proxy) as (reader, writer):
+                writer.write(b"x")
+                assert await reader.readexactly(1) == b"x"
+            await asyncio.sleep(0.05)
+            proxy.inject(Injection(Fault.RESET))
+            assert proxy.fired == {Fault.RESET: 2}  # none is open
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("fault", [Fault.DROP_UP, Fault.DROP_DOWN, Fault.DROP_BOTH])
+def test_a_connection_that_lost_bytes_is_dead_for_ever_and_others_go_on(fault: Fault) -> None:
+    async def scenario() -> None:
+        heard = bytearray()
+
+        async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while chunk := await reader.read(2**16):
+                heard.extend(chunk)
+                writer.write(chunk)
+
+        async with proxied(listen, "") as proxy, client(proxy) as (idle, spared), client(proxy) as (reader, writer):
+            for one, other in ((idle, spared), (reader, writer)):
+                other.write(b"a")
+                assert await one.readexactly(1) == b"a"
+            proxy.inject(Injection(fault))
+            writer.write(b"b")
+            await asyncio.sleep(0.03)
+            assert proxy.fired == {fault: 1}
+            proxy.heal()
+            writer.write(b"c")
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(reader.read(1), 0.05)
+            assert bytes(heard) == (b"aabc" if fault is Fault.DROP_DOWN else b"aa")
+            spared.write(b"d")  # lost nothing
+            assert await idle.readexactly(1) == b"d"
+
+    run(scenario)
+
+
+def test_the_end_of_a_half_open_connection_is_not_passed_on() -> None:
+    async def scenario() -> None:
+        ended = asyncio.Event()
+
+        async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(await reader.read(1))
+            try:
+                await reader.read(-1)
+            finally:
+                ended.set()
+
+        async with proxied(listen, "") as proxy:
+            async with client(proxy) as (reader, writer):
+                writer.write(b"a")
+                await reader.readexactly(1)
+                proxy.inject(Injection(Fault.DROP_UP))
+                writer.write(b"b")
+                await asyncio.sleep(0.02)
+                proxy.heal()
+            await asyncio.sleep(0.05)
+            assert not ended.is_set()
+        await asyncio.wait_for(ended.wait(), 1)  # the proxy has stopped
+
+    run(scenario)
+
+
+def test_a_crawl_is_shared_by_all_connections_and_what_waits_leaves_when_it_is_over() -> None:
+    async def scenario() -> None:
+        async with proxied(echo, "") as proxy, client(proxy) as (one, first), client(proxy) as (two, second):
+            proxy.inject(Injection(Fault.CRAWL, rate_bytes_per_s=10_000.0))
+            start_s = time.perf_counter()
+            for writer in (first, second):
+                writer.write(bytes(500))
+            for reader in (one, two):
+                await reader.readexactly(500)
+            assert 0.1 < time.perf_counter() - start_s < 0.4  # 1000 bytes up, and the last 500 down
+            first.write(bytes(200_000))
+            await asyncio.sleep(0.05)
+            proxy.heal()
+            assert await asyncio.wait_for(one.readexactly(200_000), 1) == bytes(200_000)
+            assert proxy.fired[Fault.CRAWL] >= 4
+
+    run(scenario)
+
+
+def test_a_delay_spike_makes_all_late_but_not_slower() -> None:
+    async def scenario() -> None:
+        async with proxied(echo, "") as proxy, client(proxy) as (reader, writer):
+            proxy.inject(Injection(Fault.DELAY_SPIKE, delay_s=0.1))
+            start_s = time.perf_counter()
+            for i in range(5):
+                writer.write(bytes([i]))
+                await asyncio.sleep(0.005)  # as separate chunks
+            assert await reader.readexactly(5) == bytes(range(5))
+            assert 0.2 < time.perf_counter() - start_s < 0.4
+            assert proxy.fired[Fault.DELAY_SPIKE] >= 2
+
+    run(scenario)
+
+
+def test_a_corruption_flips_one_bit() -> None:
+    async def scenario() -> None:
+        async with proxied(echo, "", faults="corrupt") as proxy, client(proxy) as (reader, writer):
+            writer.write(bytes(1000))
+            come = await reader.readexactly(1000)
+            assert sum(byte.bit_count() for byte in come) == 1
+            assert proxy.fired == {Fault.CORRUPT: 1}
+
+    run(scenario)
+
+
+def test_what_a_proxy_cannot_do_is_refused() -> None:
+    async def scenario() -> None:
+        with pytest.raises(SpecError, match="a TCP proxy cannot apply reorder"):
+            await run_proxy("127.0.0.1:0", "127.0.0.1:1", LinkShape(), faults=[Injection(Fault.REORDER)])
+        async with proxied(echo, "") as proxy:
+            with pytest.raises(SpecError, match="a TCP proxy knows no frames"):
+                proxy.inject(Injection(Fault.RESET, after_frames=2))
+
+    run(scenario)
+
+
+def test_a_network_link_meets_refusals_and_resets_as_errors_of_ours() -> None:
+    async def scenario() -> None:
+        async def answer(link: Link) -> None:
+            while (frame := await link.receive()) is not None:
+                await link.send(frame)
+
+        async with (
+            await serve("127.0.0.1:0", answer) as worker,
+            await run_proxy("127.0.0.1:0", worker.address, LinkShape()) as proxy,
+        ):
+            address = f"127.0.0.1:{proxy.address[1]}"
+            proxy.inject(Injection(Fault.CONNECT_REFUSED))
+            with pytest.raises(Unreachable):
+                await dial(address)
+            assert proxy.fired[Fault.CONNECT_REFUSED] > 0
+            proxy.heal()
+            link = await dial(address)
+            await link.send(b"alive")
+            assert await link.receive() == b"alive"
+            proxy.inject(Injection(Fault.RESET))
+            with pytest.raises(LinkDied):
+                await link.receive()
+            await link.close()
+            assert proxy.fired[Fault.RESET] == 1
 
     run(scenario)

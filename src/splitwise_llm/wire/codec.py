@@ -1,19 +1,21 @@
 """Activations to bytes and back: fp32, bf16, fp16, int8 and int4 with one fp32 scale per token, and element loss.
 
-`decode(encode(x)) == round_trip(x)` to the bit. A codec does not know where the tensor goes.
+`decode(encode(x)) == round_trip(x)` to the bit, and encoded rows can be cut out and joined without decoding them. A
+codec does not know where the tensor goes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from splitwise_llm.decision import WirePrecision
-from splitwise_llm.errors import ProtocolError, RequestError
+from splitwise_llm.errors import BrokenInvariant, ProtocolError, RequestError
 
 _FLOAT = {
     WirePrecision.FP32: torch.float32,
@@ -69,9 +71,7 @@ def decode(payload: bytes | memoryview, precision: WirePrecision, rows: int, col
 
     Raises ProtocolError for a wrong length and for NaN or infinity.
     """
-    wanted = precision.payload_bytes(rows, columns)
-    if len(payload) != wanted:
-        raise ProtocolError(f"{precision} activations ({rows}, {columns}) take {wanted} bytes, got {len(payload)}")
+    _measure(payload, precision, rows, columns)
     if precision in _FLOAT:
         x = torch.frombuffer(bytearray(payload), dtype=_FLOAT[precision]).view(rows, columns)
     else:
@@ -91,6 +91,52 @@ def round_trip(x: Tensor, precision: WirePrecision) -> Tensor:
     if precision in _FLOAT:
         return x.to(_FLOAT[precision]).to(x.dtype)
     return decode(encode(x, precision), precision, *x.shape).to(dtype=x.dtype, device=x.device)
+
+
+def rows(
+    payload: bytes | memoryview, precision: WirePrecision, rows: int, columns: int, start: int, stop: int
+) -> bytes:
+    """The encoded rows `start` to `stop` of encoded activations (rows, columns), scales included, to the bit.
+
+    All rows of a `bytes` are the object itself. Raises ProtocolError for a wrong length, BrokenInvariant for rows that
+    are not there.
+    """
+    _measure(payload, precision, rows, columns)
+    if not 0 <= start <= stop <= rows:
+        raise BrokenInvariant(f"rows {start} to {stop} of {rows} encoded ones")
+    if (start, stop) == (0, rows):
+        return bytes(payload)
+    scale, row = _row_bytes(precision, columns)
+    first, view = rows * scale, memoryview(payload)
+    return b"".join((view[start * scale : stop * scale], view[first + start * row : first + stop * row]))
+
+
+def glue(pieces: Sequence[tuple[bytes | memoryview, int]], precision: WirePrecision, columns: int) -> bytes:
+    """One payload of all rows of encoded pieces (payload, rows), in order: what encoding them together would give.
+
+    Raises ProtocolError for a piece of a wrong length.
+    """
+    scale, row = _row_bytes(precision, columns)
+    for payload, count in pieces:
+        if len(payload) != count * (scale + row):
+            _measure(payload, precision, count, columns)
+    if not scale:
+        return b"".join(payload for payload, _ in pieces)
+    scales = [memoryview(payload)[: count * scale] for payload, count in pieces]
+    levels = [memoryview(payload)[count * scale :] for payload, count in pieces]
+    return b"".join(scales + levels)
+
+
+def _row_bytes(precision: WirePrecision, columns: int) -> tuple[int, int]:
+    """Bytes that one row takes among the scales, and among the elements."""
+    scale = _SCALE_BYTES if precision.is_quantised else 0
+    return scale, precision.payload_bytes(1, columns) - scale
+
+
+def _measure(payload: bytes | memoryview, precision: WirePrecision, rows: int, columns: int) -> None:
+    wanted = precision.payload_bytes(rows, columns)
+    if len(payload) != wanted:
+        raise ProtocolError(f"{precision} activations ({rows}, {columns}) take {wanted} bytes, got {len(payload)}")
 
 
 def _raw(x: Tensor) -> bytes:

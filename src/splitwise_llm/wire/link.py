@@ -47,6 +47,11 @@ class Link(ABC):
     async def close(self) -> None:
         """Say good-bye: frames already sent still arrive, then the peer's `receive` gives None. Idempotent."""
 
+    async def break_off(self, why: str) -> None:
+        """End the link at once and without a good-bye, for one that is dead already: nobody would answer it. Where a
+        kind of link has no such way it is closed. Idempotent."""
+        await self.close()
+
 
 def refuse_oversize(frame: bytes, limit_bytes: int) -> None:
     """Raises RequestError when the frame exceeds the limit of a link; the link stays as it was."""

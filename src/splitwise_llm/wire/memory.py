@@ -94,6 +94,9 @@ class MemoryLink(Link):
         self._inbox.end(f"the link to {self.peer} was closed on this side", drop=True)
         self._other._inbox.end(f"{self._other.peer} has closed the link")
 
+    async def break_off(self, why: str) -> None:
+        self.kill()
+
     def kill(self) -> None:
         """Break the link for both ends, without a good-bye; frames on the way are lost."""
         for end in (self, self._other):

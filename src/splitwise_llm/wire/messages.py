@@ -16,9 +16,9 @@ from splitwise_llm.errors import BrokenInvariant, ProtocolError
 from splitwise_llm.plan import Kind
 from splitwise_llm.records import Interval
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 _LENGTH = struct.Struct("<I")
-_INTERVAL = struct.Struct("<iidd")
+_INTERVAL = struct.Struct("<iiidd")
 _MAX_HEADER_BYTES = 1 << 20
 MAX_PING_BYTES = 16 << 20
 
@@ -61,17 +61,14 @@ class Welcome(_Header, frozen=True, tag="welcome"):
 
 
 class Open(_Header, frozen=True, tag="open"):
-    """Device to worker: the session's decision and request, and which machine the worker is in it."""
+    """Device to worker: the session that this link is for, and which machine the worker is in it. A worker that
+    knows the session goes on with what it still holds; whoever knows the id may."""
 
     session: str
     machine: MachineNumber
     names: list[str]
-    partition: bytes
-    wire: str
-    prefill_chunk: Count
-    """0: the whole prompt at once."""
-    prompt_tokens: Count
-    max_new_tokens: Count
+    capacity: Count
+    """Positions: the prompt and all that may follow."""
     stop_ids: list[int]
     temperature: float
     top_k: int
@@ -79,30 +76,118 @@ class Open(_Header, frozen=True, tag="open"):
     seed: int
     element_loss: float
     loss_seed: int
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Positions whose keys and values of some units of one half a machine has."""
+
+    half: Count
+    units: tuple[int, ...]
+    filled: Count
+
+
+class Streams(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Positions (start, stop) of the residual stream before one half that a machine has kept as it crossed."""
+
+    half: Count
+    spans: tuple[tuple[int, int], ...]
+
+
+class Opened(_Header, frozen=True, tag="opened"):
+    """Worker to device: the session is open (or, to another worker: joined), and this is what is held of it."""
+
+    known: bool = False
+    """Whether it was open before."""
+    held: list[Held] = []
+    streams: list[Streams] = []
+
+
+class Begin(_Header, frozen=True, tag="begin"):
+    """Device to worker: a run. The machines walk ids `start` to `known` through a plan and then decode; a fill walks
+    halves `first` to `stop` only, and nothing comes out of it."""
+
+    run: Count
+    partition: bytes
+    wire: str
+    prefill_chunk: Count
+    """0: all at once."""
+    start: Count
+    known: Count
+    tokens: Count
+    """To be generated at most; 0 for a fill."""
+    first: Count = 0
+    stop: Count = 0
+    """0: to the end."""
+    feeder: Annotated[int, msgspec.Meta(ge=-1, lt=256)] = -1
+    """Who has kept the stream before `first`; -1: nobody, the ids are to be embedded."""
     direct: list[tuple[int, int]] = []
     """Pairs of workers that reach each other without the device."""
     dial: dict[int, str] = {}
     """Address of each machine that this worker is to dial for such a pair."""
 
 
-class Opened(_Header, frozen=True, tag="opened"):
-    """Worker to device: the slices are resident."""
+class Begun(_Header, frozen=True, tag="begun"):
+    """Worker to device: the slices of a run are resident."""
 
+    run: Count
     load_s: float
 
 
+class Filled(_Header, frozen=True, tag="filled"):
+    """Worker to device: its part of a fill is done."""
+
+    run: Count
+
+
+class Fetch(_Header, frozen=True, tag="fetch"):
+    """Device to worker: send keys and values of these units of a half, positions `start` to `stop`, as `Rows`."""
+
+    half: Count
+    units: list[int]
+    start: Count
+    stop: Count
+
+
+class Rows(_Header, frozen=True, tag="rows"):
+    """Either way: keys, then values of units of a half, each (units, positions, head_dim) in the format computed in.
+    A worker puts them where the next run's partition wants them."""
+
+    half: Count
+    units: list[int]
+    start: Count
+    stop: Count
+    partition: bytes = b""
+    """To a worker: of the run they are for."""
+
+
+class Halt(_Header, frozen=True, tag="halt"):
+    """Device to worker: end a run at the next token, or at once where no token is being made here; say what was
+    counted."""
+
+    run: Count
+    at_once: bool = False
+    """Something has failed: no next token may come."""
+
+
 class Ping(_Header, frozen=True, tag="ping"):
-    """Device to worker, after the greeting: answer at once. The payload is any; a link is measured with it."""
+    """Device to worker, at any time after the greeting: answer at once. The payload is any; a link is measured with
+    it."""
 
     reply_bytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_PING_BYTES)]
+    stamp: Count = 0
+    """Comes back with the answer."""
 
 
 class Pong(_Header, frozen=True, tag="pong"):
-    """Worker to device: the answer, with a payload of as many bytes as were asked for."""
+    """Worker to device: the answer, with a payload of as many bytes as were asked for, and how the worker is."""
+
+    stamp: Count = 0
+    advert: Figures | None = None
+    """An `Advert`, field by field."""
 
 
 class Join(_Header, frozen=True, tag="join"):
-    """Worker to worker, first on a direct link: which session it is for, and who speaks. The answer is Opened."""
+    """Worker to worker, first on a direct link: which session it is for, and who speaks. The answer is `Opened`."""
 
     session: str
     machine: MachineNumber
@@ -111,6 +196,7 @@ class Join(_Header, frozen=True, tag="join"):
 class Data(_Header, frozen=True, tag="data"):
     """One move of a step; the payload is activations (shape `rows` x `columns`) or ids (`rows` of int32)."""
 
+    run: Count
     step: Count
     after: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)]
     kind: str
@@ -121,10 +207,6 @@ class Data(_Header, frozen=True, tag="data"):
     dtype: str
     rows: Count
     columns: Count
-
-
-class Close(_Header, frozen=True, tag="close"):
-    """Device to worker: the session is over, say what you counted."""
 
 
 class Crossed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -138,13 +220,25 @@ class Crossed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     payload_bytes: int
 
 
-class Closed(_Header, frozen=True, tag="closed"):
-    """Worker to device: what it sent and the most memory it held. The payload says when it computed, as
-    `pack_intervals` writes it."""
+class Halted(_Header, frozen=True, tag="halted"):
+    """Worker to device: a run is over here. What it sent in it, and what it holds now; the payload says when it
+    computed, as `pack_intervals` writes it."""
 
+    run: Count
     crossed: list[Crossed]
-    peak_memory_bytes: int
     frame_bytes: int
+    held: list[Held] = []
+    streams: list[Streams] = []
+
+
+class Close(_Header, frozen=True, tag="close"):
+    """Device to worker: the session is over, and what it held may be forgotten."""
+
+
+class Closed(_Header, frozen=True, tag="closed"):
+    """Worker to device: good-bye, and the most memory it held."""
+
+    peak_memory_bytes: int
 
 
 class Failed(_Header, frozen=True, tag="failed"):
@@ -152,10 +246,17 @@ class Failed(_Header, frozen=True, tag="failed"):
 
     error: str
     message: str
+    retry_after_s: float | None = None
+    """When to come back, of a worker that is full."""
+    run: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)] = -1
+    """What cannot go on is this run; -1: the session."""
 
 
 H = TypeVar("H", bound=_Header)
-Header = Hello | Welcome | Open | Opened | Ping | Pong | Join | Data | Close | Closed | Failed
+Header = (
+    Hello | Welcome | Open | Opened | Begin | Begun | Filled | Fetch | Rows | Halt | Halted
+    | Ping | Pong | Join | Data | Close | Closed | Failed
+)  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Header] = msgspec.msgpack.Decoder(Header)
@@ -187,12 +288,15 @@ def unpack(frame: bytes) -> tuple[Header, memoryview]:
 
 
 def pack_intervals(intervals: Sequence[Interval]) -> bytes:
-    """Stage and step (int32), start and stop (seconds, float64) of each, one after the other."""
-    return b"".join(_INTERVAL.pack(one.stage, one.step, one.start_s, one.stop_s) for one in intervals)
+    """Run, stage and step (int32), start and stop (seconds, float64) of each, one after the other."""
+    return b"".join(_INTERVAL.pack(one.run, one.stage, one.step, one.start_s, one.stop_s) for one in intervals)
 
 
 def unpack_intervals(payload: memoryview) -> tuple[Interval, ...]:
     """The inverse of `pack_intervals`. Raises ProtocolError."""
     if len(payload) % _INTERVAL.size:
         raise ProtocolError(f"{len(payload)} bytes are no whole number of intervals")
-    return tuple(Interval(*one) for one in _INTERVAL.iter_unpack(payload))
+    return tuple(
+        Interval(stage, step, start_s, stop_s, run)
+        for run, stage, step, start_s, stop_s in _INTERVAL.iter_unpack(payload)
+    )

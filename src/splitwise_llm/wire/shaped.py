@@ -77,6 +77,19 @@ class ShapedLink(Link):
                 self.clock.close()
             await self._link.close()
 
+    async def break_off(self, why: str) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for carrier in self._carriers:
+            carrier.cancel()
+        await asyncio.gather(*self._carriers, return_exceptions=True)
+        self._up.fail(LinkDied(why), at_once=True)
+        self._down.fail(LinkDied(why), at_once=True)
+        if self._own_clock:
+            self.clock.close()
+        await self._link.break_off(why)  # the shape has no say in it: a reset is not a frame
+
     def _start(self) -> None:
         if not self._carriers:
             self._carriers = [asyncio.create_task(self._carry_up()), asyncio.create_task(self._carry_down())]
