@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from splitwise_llm.errors import RequestError
@@ -33,18 +33,35 @@ class WirePrecision(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Decision:
     """A partition, the precision on the wire, the prompt positions per prefill chunk (None: one chunk), and the
-    tokens drafted before each verifying step (0: plain decoding)."""
+    tokens drafted before each verifying step (0: plain decoding); and what to do when a machine is lost.
+
+    Two decisions are equal when they are the same plan. `patience` and `shadow` change neither what runs nor its
+    price, so they are left out of comparisons: tables hold a plan once, and another patience is no reason to move.
+    Whoever executes an answer takes both from the latest one, equal or not.
+    """
 
     partition: Partition
     wire: WirePrecision = WirePrecision.FP32
     prefill_chunk: int | None = None
     draft: int = 0
+    patience: float = field(default=1.0, compare=False)
+    """How long to wait for a lost machine before going on without it, in units of the predicted time M of moving away;
+    0: not at all, inf: for ever. At 1 no loss costs more than twice the best in hindsight (the ski-rental rule): a
+    machine that is back before M has cost just the wait, which was the best; one that is not, M + M, where leaving at
+    once would have cost M. No other fixed patience promises as little."""
+    shadow: bool = field(default=False, compare=False)
+    """Whether the device keeps keys and values of everything, so that it can go on alone at once (M is then about 0),
+    for the price of computing everything twice."""
 
     def __post_init__(self) -> None:
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
             raise RequestError(f"prefill chunk is {self.prefill_chunk}; expected at least 1 position, or none")
         if not 0 <= self.draft <= MAX_DRAFT:
             raise RequestError(f"{self.draft} drafted tokens per step; expected 0 to {MAX_DRAFT}")
+        if not self.patience >= 0:
+            raise RequestError(
+                f"patience is {self.patience}; expected at least 0 times the time of moving away, or inf"
+            )
 
     def num_chunks(self, prompt_tokens: int) -> int:
         """Into how many chunks a prompt is prefilled."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from splitwise_llm.cost import UNLIMITED, Job, Limits, Load, Table, World
+from splitwise_llm.cost import UNLIMITED, Job, Limits, Load, Pair, Table, World
 from splitwise_llm.decision import Decision, WirePrecision
+from splitwise_llm.lyapunov import Budgets
+from splitwise_llm.rebuild import Holdings
 from splitwise_llm.spec import Dtype, ModelSpec, Weights
 
 Floats = NDArray[np.float64]
@@ -51,13 +54,44 @@ EVERYTHING = Tools(
 )  # fmt: skip
 
 
+class Occasion(StrEnum):
+    """Why a policy is asked."""
+
+    ADMISSION = "admission"
+    EPOCH = "epoch"
+    """So many tokens or seconds have passed."""
+    LINK = "link"
+    """A link changed class."""
+    LOAD = "load"
+    """A machine's load changed class."""
+    FAULT = "fault"
+    """A machine was lost."""
+    RETURN = "return"
+    """A lost machine is back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ages:
+    """Seconds since each figure of a link was measured; inf: never, so that it is only believed."""
+
+    rtt_s: float
+    up_s: float
+    down_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where a running generation is: what it runs, and how far it has come."""
 
     decision: Decision
     context: int
+    """Positions whose keys and values the decision's machines have."""
     tokens_out: int
+    admitted: Decision | None = None
+    """What the policy chose at admission, to which those that decide once return after a failover; None: what it
+    runs."""
+    holdings: Holdings | None = None
+    """What each machine has of the session; None: what the decision makes them have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +119,19 @@ class Observation:
     """Requests of this device, as counted so far; 0 when nobody has."""
     placement: Placement | None = None
     """None at admission."""
+    occasion: Occasion = Occasion.ADMISSION
+    waited_s: float = 0.0
+    """Since the request arrived."""
+    budgets: Budgets = field(default_factory=Budgets)
+    """What may be spent on average, to whose queues `virtual` belongs."""
+    cautious: World | None = None
+    """`world` with links at the pessimistic quantile of what was measured; None: nobody keeps one."""
+    ages_s: Mapping[Pair, Ages] = field(default_factory=dict)
+    """How old the figures of `world`'s links are; a link that is missing was never measured."""
+    battery: float | None = None
+    """Share of the device's battery that is left; None: it has none, or none that can be read."""
+    joules: float = 0.0
+    """That the device has spent on this request so far."""
 
     def unpriced(self, who: str) -> str:
         """Why who plans by prices cannot answer where `world` is None: what is not known, and the remedy."""
@@ -96,6 +143,13 @@ class Observation:
     def job(self) -> Job:
         """The request as far as it is known."""
         return Job(self.prompt_tokens, self.expected_tokens or self.max_new_tokens)
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Expected tokens still to come: after the first one (admission), or after those there are, then at least 1."""
+        if self.placement is None:
+            return self.job.tokens_out - 1
+        return max(self.job.tokens_out - max(self.placement.tokens_out, 1), 1)
 
 
 class Policy(Protocol):

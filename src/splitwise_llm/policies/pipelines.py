@@ -25,6 +25,7 @@ from splitwise_llm.errors import RequestError
 from splitwise_llm.observation import Observation
 from splitwise_llm.partition import Partition
 from splitwise_llm.policies.chains import ALONE, Chain, Floats, Flow, Route, chain
+from splitwise_llm.policies.in_flight import decided_once
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -254,7 +255,11 @@ class EdgeShard:
     halves: bool = False
 
     def decide(self, observation: Observation) -> Decision:
-        """The program's plan. Raises RequestError where nothing is known of the machines, or no plan fits them."""
+        """The program's plan; in flight see `in_flight`. Raises RequestError where nothing is known of the machines, or
+        no plan fits them."""
+        return decided_once(observation, self._plan)
+
+    def _plan(self, observation: Observation) -> Decision:
         world = observation.world if self.current else observation.nominal or observation.world
         if world is None:
             raise RequestError(observation.unpriced("EdgeShard"))

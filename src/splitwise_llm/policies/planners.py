@@ -5,7 +5,7 @@ Every planner gets the same tools, machines and age of information. It does not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import product
@@ -13,17 +13,17 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from splitwise_llm.cost import Floor, Host, Job, Limits, Table, World, bill, obstacle
+from splitwise_llm.cost import Job, Limits, Table, World, bill, obstacle
 from splitwise_llm.cost.terms import Form
 from splitwise_llm.decision import Decision
-from splitwise_llm.errors import PartitionError, RequestError
+from splitwise_llm.errors import RequestError
 from splitwise_llm.lyapunov import Budgets, Penalty, nominal_weights
-from splitwise_llm.observation import Observation, Tools, usable_bytes
+from splitwise_llm.observation import Observation, Tools
 from splitwise_llm.partition import Partition
-from splitwise_llm.plan import DEVICE
+from splitwise_llm.policies import rules
+from splitwise_llm.policies.in_flight import Running, decided_once, unmeasured
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
-from splitwise_llm.policies.solver import Solver
-from splitwise_llm.spec import DeviceSpec, LinkSpec
+from splitwise_llm.policies.solver import Solver, solver_for
 
 Floats = NDArray[np.float64]
 
@@ -44,81 +44,13 @@ class Pressure(StrEnum):
     ALL = "all"  # the shared cloud's, too
 
 
-Partitions = Callable[[World, Limits], Iterable[Partition]]
-
-
-def _cut(world: World, at: float, floor: Floor | None, worker: int) -> Partition:
-    """Layers before `at` on the device; under a floor the last layers come back to it."""
-    spec = world.spec
-    if floor:
-        return Partition.u_shape(spec, at, floor.last_layers, inner=worker)
-    if at in (0, spec.num_layers):
-        return Partition.all_on(spec, DEVICE if at else worker)
-    return Partition.cut(spec, at, second=worker)
-
-
-def _edge(world: World, limits: Limits) -> Iterable[Partition]:
-    yield Partition.all_on(world.spec, DEVICE)
-
-
-def _cloud(world: World, limits: Limits) -> Iterable[Partition]:
-    """Everything on one worker; under a floor, everything it allows."""
-    for worker in range(1, len(world.hosts)):
-        yield _cut(world, limits.floor.first_layers if limits.floor else 0, limits.floor, worker)
-
-
-def _either(world: World, limits: Limits) -> Iterable[Partition]:
-    yield from _edge(world, limits)
-    yield from _cloud(world, limits)
-
-
-def _cuts(world: World, limits: Limits) -> Iterable[Partition]:
-    """Every single cut between layers, both ends included."""
-    yield from _either(world, limits)
-    last = limits.floor.last_layers if limits.floor else 0
-    for worker, at in product(range(1, len(world.hosts)), range(1, world.spec.num_layers - last)):
-        yield _cut(world, at, limits.floor, worker)
-
-
-def _from_source(world: World, limits: Limits) -> Iterable[Partition]:
-    """Every cut that keeps the first layer on the device."""
-    last = limits.floor.last_layers if limits.floor else 0
-    yield from _edge(world, limits)
-    for worker, at in product(range(1, len(world.hosts)), range(1, world.spec.num_layers - last)):
-        yield _cut(world, at, limits.floor, worker)
-
-
-def _proportional(world: World, limits: Limits, shares: Sequence[float]) -> Iterable[Partition]:
-    """Consecutive layers in proportion to the machines' shares, in machine order."""
-    spec, floor = world.spec, limits.floor
-    last = floor.last_layers if floor else 0
-    total = sum(shares)
-    ends = [round(spec.num_layers * sum(shares[: n + 1]) / total) for n in range(len(shares))]
-    ends = [min(end, spec.num_layers - last) for end in ends[:-1]] + [spec.num_layers - last]
-    if floor:
-        ends[0] = max(ends[0] - last, min(floor.first_layers, ends[-1]))
-    spans = [(machine, float(max(ends[: machine + 1]))) for machine in range(len(ends))]
-    if last:
-        spans.append((DEVICE, float(spec.num_layers)))
-    partition = Partition.of_spans(spec, spans)
-    yield replace(partition, embed=DEVICE, head=DEVICE) if floor else replace(partition, embed=DEVICE)
-
-
-def _even(world: World, limits: Limits) -> Iterable[Partition]:
-    return _proportional(world, limits, [1.0] * len(world.hosts))
-
-
-def _by_memory(world: World, limits: Limits) -> Iterable[Partition]:
-    return _proportional(world, limits, [host.device.memory_bytes for host in world.hosts])
-
-
 @dataclass(frozen=True, slots=True)
 class Planner:
     """A row: as a `Policy` it answers one observation, exactly."""
 
     name: str
     says: str
-    partitions: Partitions | None
+    partitions: rules.Partitions | None
     """None: all that the exact solver knows."""
     when: When
     pressure: Pressure = Pressure.NONE
@@ -126,25 +58,55 @@ class Planner:
     """Whether its partitions ask for no figures but memory: it also answers where nothing was measured."""
 
     def decide(self, observation: Observation, solver: Solver | None = None) -> Decision:
-        """The smallest objective among what this planner considers. `solver`, if there is one, is of this observation's
-        world, job, tools and limits. Raises RequestError that says what forbids everything, or that nothing is known
-        of the machines."""
+        """The smallest objective among what this planner considers; in flight see `in_flight`, where rows that look at
+        every epoch price the rest of the request and the way there. `solver`, if there is one, is of this
+        observation's world, job, tools and limits. Raises RequestError that says what forbids everything, or that
+        nothing is known of the machines."""
+        if observation.placement is None:
+            return self._first(observation, solver)
+        if self.when is When.EPOCH:
+            return self._onward(observation, solver)
+        objective = self._objective(observation) if observation.world else None
+        return decided_once(observation, self._onward if observation.world else self._first, objective)
+
+    def _first(self, observation: Observation, solver: Solver | None = None) -> Decision:
+        """At admission."""
         world = observation.nominal or observation.world if self.when is When.BEFORE else observation.world
+        job, tools, limits = observation.job, observation.tools, observation.limits
         if world is None:
             if not self.by_rule:
                 raise RequestError(observation.unpriced(self.name))
-            world = _unmeasured(observation)
-            return self._admissible(world, observation.job, observation.tools, observation.limits)[0]
-        loads = None if self.when is When.BEFORE else observation.loads
-        conditions = world.conditions(loads)
-        job, tools, limits = observation.job, observation.tools, observation.limits
-        objective = self.objective(
-            world, job, tools, limits, observation.queues, observation.virtual, observation.arrivals_per_s
-        )
+            return self._admissible(unmeasured(observation), job, tools, limits)[0]
+        conditions = world.conditions(None if self.when is When.BEFORE else observation.loads)
+        objective = self._objective(observation)
         if self.partitions is None:
-            solver = solver or Solver(world, job, tools, limits)
+            solver = solver or solver_for(world, job, tools, limits)
             return solver.solve(conditions, objective).best.decision
         return self._among(world, job, tools, limits, conditions, objective)
+
+    def _onward(self, observation: Observation, solver: Solver | None = None) -> Decision:
+        """In flight: the smallest objective of the rest of the request."""
+        running = Running.of(observation)
+        objective, limits = self._objective(observation), running.limits
+        if self.partitions is None:
+            solver = solver or solver_for(running.world, running.job, observation.tools, limits)
+            chosen = solver.onward(running, objective).decision
+        else:
+            ways = self._admissible(running.world, running.job, observation.tools, limits)
+            stay = [running.present] if running.is_possible(running.present) else []
+            chosen = running.best(objective, [*stay, *ways])
+        return running.answer(chosen)
+
+    def _objective(self, observation: Observation) -> Objective:
+        """What is made small for what is observed. The reference request is that of the expected world, with all
+        machines: it does not wander while a link does."""
+        world = observation.nominal or observation.world
+        assert world is not None
+        return self.objective(
+            world, observation.job, observation.tools, replace(observation.limits, unreachable=frozenset()),
+            observation.queues, observation.virtual, observation.arrivals_per_s, observation.budgets,
+            observation.remaining_tokens, observation.waited_s,
+        )  # fmt: skip
 
     def _among(
         self, world: World, job: Job, tools: Tools, limits: Limits, conditions: Form, objective: Objective
@@ -165,7 +127,7 @@ class Planner:
         return ways
 
     def _existing(self, world: World, limits: Limits) -> Iterable[Partition]:
-        return _those_that_exist(self.partitions, world, limits) if self.partitions else ()
+        return rules.that_exist(self.partitions, world, limits) if self.partitions else ()
 
     def decisions(self, world: World, job: Job, tools: Tools, limits: Limits) -> list[Decision]:
         """Every admissible way of driving what this planner considers; only for rows with their own partitions."""
@@ -189,34 +151,21 @@ class Planner:
         queues: Sequence[float] = (0.0,) * 4,
         virtual: Sequence[float] = (0.0,) * 4,
         arrivals_per_s: float = 0.0,
+        budgets: Budgets = Budgets(),  # noqa: B008 - frozen
+        tokens: float = 128.0,
+        waited_s: float = 0.0,
     ) -> Objective:
-        """What it makes small: latency, or drift plus penalty with the weights of a typical request."""
+        """What it makes small: latency, or drift plus penalty with the weights of a typical request. `tokens` are
+        those still to come, `waited_s` the seconds since the request arrived: budgets count them."""
         if self.pressure is Pressure.NONE:
             return Latency()
         penalty, weights = typical(world, job, tools, limits, arrivals_per_s)
         if self.pressure is Pressure.SELFISH:
             weights = weights * np.array([1.0, 1.0, 1.0, 0.0])
         return DriftPlusPenalty(
-            penalty, weights, np.asarray(queues, dtype=float), np.asarray(virtual, dtype=float), Budgets()
-        )
-
-
-def _unmeasured(observation: Observation) -> World:
-    """Machines of which nothing but the memory is known; speeds and links stand for nothing and price nothing."""
-    hosts = tuple(
-        Host(DeviceSpec(view.name, 1e9, 1e9, usable_bytes(view.memory_bytes)), view.dtype, view.weights)
-        for view in observation.machines
-    )
-    links = {(DEVICE, worker): LinkSpec(0.0, 1e9, 1e9) for worker in range(1, len(hosts))}
-    return World(observation.model, hosts, links)
-
-
-def _those_that_exist(partitions: Partitions, world: World, limits: Limits) -> Iterable[Partition]:
-    """Partitions of a rule; none where the rule has no meaning for this floor."""
-    try:
-        return list(dict.fromkeys(partitions(world, limits)))
-    except PartitionError:
-        return []
+            penalty, weights, np.asarray(queues, dtype=float), np.asarray(virtual, dtype=float), budgets, tokens,
+            waited_s,
+        )  # fmt: skip
 
 
 SHARED_LOAD = 0.8
@@ -229,9 +178,10 @@ def typical(
     """The reference a request is measured by (the best pure plan when nothing else goes on), and the weights of the
     physical queues: own queues at the load that these arrivals make, the shared cloud's at `SHARED_LOAD`."""
     pure: list[Decision] = []
-    for rule in (_either, _cuts):
-        ways = [Decision(partition, tools.wires[0]) for partition in _those_that_exist(rule, world, limits)]
-        pure = pure or [way for way in ways if obstacle(world, way, job, limits) is None]
+    for rule in (rules.either, rules.cuts):
+        if not pure:
+            ways = [Decision(partition, tools.wires[0]) for partition in rules.that_exist(rule, world, limits)]
+            pure = [way for way in ways if obstacle(world, way, job, limits) is None]
     if not pure:  # only three machines or more hold it
         pure = [Solver(world, job, tools, limits).solve(world.conditions(), Latency()).best.decision]
     prices = Table(world, [bill(world, decision, job) for decision in pure]).at(world.conditions())
@@ -244,14 +194,15 @@ def typical(
 
 
 PLANNERS: tuple[Planner, ...] = (
-    Planner("edge-only", "everything on the device", _edge, When.REQUEST, by_rule=True),
-    Planner("cloud-only", "everything on a worker, or all that the floor allows", _cloud, When.REQUEST, by_rule=True),
-    Planner("even-split", "as many layers on each machine", _even, When.BEFORE, by_rule=True),
+    Planner("edge-only", "everything on the device", rules.edge, When.REQUEST, by_rule=True),
+    Planner("cloud-only", "everything on a worker, or all that the floor allows",
+            rules.cloud, When.REQUEST, by_rule=True),
+    Planner("even-split", "as many layers on each machine", rules.even, When.BEFORE, by_rule=True),
     Planner("memory-proportional", "layers in proportion to memory, as llama.cpp and exo do",
-            _by_memory, When.BEFORE, by_rule=True),
+            rules.by_memory, When.BEFORE, by_rule=True),
     Planner("best-static", "the best plan for the expected conditions, never changed", None, When.BEFORE),
-    Planner("neurosurgeon", "the best single cut between layers, now", _cuts, When.REQUEST),
-    Planner("router", "device or cloud for each request, whichever ends first", _either, When.REQUEST),
+    Planner("neurosurgeon", "the best single cut between layers, now", rules.cuts, When.REQUEST),
+    Planner("router", "device or cloud for each request, whichever ends first", rules.either, When.REQUEST),
     Planner("exact", "the fastest plan of all, now", None, When.REQUEST),
     Planner("drift-selfish", "drift plus penalty over one's own queues, at every epoch",
             None, When.EPOCH, Pressure.SELFISH),
@@ -260,6 +211,9 @@ PLANNERS: tuple[Planner, ...] = (
 )  # fmt: skip
 
 EDGESHARD_REPLANNED = Planner(
-    "edgeshard-replanned", "EdgeShard's latency program on two machines, for each request", _from_source, When.REQUEST
+    "edgeshard-replanned",
+    "EdgeShard's latency program on two machines, for each request",
+    rules.from_source,
+    When.REQUEST,
 )
 """What `pipelines.EdgeShard(current=True)` comes to where there is one worker: the best cut behind the first layer."""

@@ -5,6 +5,7 @@ It does not know what is made small (an `Objective` does), nor where conditions 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import comb, prod
@@ -23,7 +24,9 @@ from splitwise_llm.plan import DEVICE
 from splitwise_llm.policies.assignments import Found, Search
 from splitwise_llm.policies.chains import chain
 from splitwise_llm.policies.family import Family
+from splitwise_llm.policies.in_flight import Running
 from splitwise_llm.policies.objective import Latency, Objective
+from splitwise_llm.policies.onward import Later, Onward, best_of_all
 from splitwise_llm.policies.pipelines import exact_latency
 
 Floats = NDArray[np.float64]
@@ -36,6 +39,8 @@ SMALL = 1500
 """Ways for halves to follow one another, times halves, up to which every assignment is searched, whatever it can
 bring: a second at most, for any objective."""
 
+REMEMBERED = 64
+"""Fastest assignments remembered, by their conditions."""
 MANY = 2000
 """Ways to divide one layer beyond which divided halves are not searched: three machines and a large model. Layers
 divided in proportion to speed are then tried instead."""
@@ -73,6 +78,7 @@ class Solver:
         workers = range(1, len(world.hosts)) or (DEVICE,)
         self.families = [Family(world, job, tools, worker, limits, step) for worker in workers]
         self._fastest: dict[tuple[bytes, *_Way, bool], Found | None] = {}
+        self._later: list[Later] = []
 
     def __len__(self) -> int:
         return sum(len(family) for family in self.families)
@@ -99,6 +105,23 @@ class Solver:
             raise RequestError(nothing_admissible(self.world, self.job, self.limits) + known)
         first, *others = sorted(best_of.values(), key=lambda choice: choice.value)
         return Solution(first, others[0] if others else None, len(self), share, exact)
+
+    def onward(self, running: Running, objective: Objective) -> Onward:
+        """The best for the rest of a running request, the way there included: the best of all cuts and U-shapes, and,
+        where they can pay, of layers divided by speed and rows of machines, of what was chosen at admission, and of
+        staying, which is what equal values mean. Raises RequestError that says what forbids everything."""
+        self._later = self._later or [Later(family) for family in self.families]
+        seeds = dict.fromkeys((running.present, running.placement.admitted or running.present))
+        if len(self.world.hosts) > 2:
+            seeds |= dict.fromkeys(self._chains(running.conditions))
+        if any(self._sharing(running.conditions)):
+            divided = [Decision(one, *way) for one in self._by_speed(running.conditions) for way in self._tools()]
+            seeds |= dict.fromkeys(divided)
+        possible = [one for one in seeds if obstacle(self.world, one, self.job, running.limits) is None]
+        found = best_of_all(running, objective, self._later, possible)
+        if found is None:
+            raise RequestError(nothing_admissible(self.world, self.job, running.limits))
+        return found
 
     def _chains(self, conditions: Form) -> Iterator[Decision]:
         """The fastest row of machines from the device on, driven every way: where memory forces several workers the
@@ -192,6 +215,8 @@ class Solver:
         search = Search(self.world, self.job, conditions, objective, self.limits, *way, share=share, max_labels=most)
         found = search.best()
         if isinstance(objective, Latency):
+            if len(self._fastest) >= REMEMBERED:
+                self._fastest.pop(next(iter(self._fastest)))
             self._fastest[key] = found
         return found
 
@@ -223,6 +248,31 @@ class Solver:
                     exchange += wire.payload_bytes(count, spec.d_model) * slower
                     if min(e, c) ** 2 / (e + c) > exchange:
                         yield a, b
+
+
+_RECENT: deque[tuple[tuple[object, ...], Solver]] = deque(maxlen=4)
+
+
+def solver_for(world: World, job: Job, tools: Tools, limits: Limits) -> Solver:
+    """A solver of this question, perhaps one that was made for it before: what links and loads are now, is no part of
+    the question but a condition, so that all epochs of a generation ask the same one."""
+    key = (
+        world.spec,
+        world.hosts,
+        sorted(world.links),
+        world.accuracy,
+        world.drafter,
+        world.tariff,
+        job,
+        tools,
+        limits,
+    )
+    for known, solver in _RECENT:
+        if known == key:
+            return solver
+    solver = Solver(world, job, tools, limits)
+    _RECENT.appendleft((key, solver))
+    return solver
 
 
 def _offer(best_of: dict[Partition, Choice], choice: Choice) -> None:

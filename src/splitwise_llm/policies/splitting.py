@@ -17,6 +17,7 @@ from splitwise_llm.decision import Decision
 from splitwise_llm.errors import RequestError, SpecError
 from splitwise_llm.observation import Observation
 from splitwise_llm.partition import Partition
+from splitwise_llm.policies.in_flight import decided_once
 from splitwise_llm.policies.pipelines import driven
 
 INFERENCE_FACTOR = 10.5
@@ -106,10 +107,11 @@ class LayerSplitting:
         return self.table.splits[int(self.costs().argmin())]
 
     def decide(self, observation: Observation) -> Decision:
-        """A cut at the best depth that fits, scaled to the model's, with the first worker within reach.
+        """A cut at the best depth that fits, scaled to the model's, with the first worker within reach; in flight see
+        `in_flight`. Raises RequestError where there is none."""
+        return decided_once(observation, self._plan)
 
-        Raises RequestError where there is none.
-        """
+    def _plan(self, observation: Observation) -> Decision:
         spec, world = observation.model, observation.world
         gone = {n for n, view in enumerate(observation.machines) if not view.reachable}
         count = len(observation.machines) or (len(world.hosts) if world else 1)
