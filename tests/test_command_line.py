@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from splitwise_llm.bench.processes import Child, shaped_link, worker
+from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.edge import edge_with
 from splitwise_llm.errors import LinkDied, ListenError, WorkerFailed
+from splitwise_llm.records import RequestRecord
 
 ROOT = Path(__file__).parent.parent
 SPLITWISE = [sys.executable, "-m", "splitwise_llm"]
@@ -96,17 +98,39 @@ def test_machines_of_a_shared_stage_compute_at_the_same_time(cloud: str) -> None
     asyncio.run(play())
 
 
-def test_a_worker_killed_in_mid_generation_is_named_and_nothing_stays_behind() -> None:
-    async def play(process: Child) -> None:
+def test_a_worker_killed_in_mid_generation_is_named_and_done_without_and_nothing_stays_behind() -> None:
+    async def play(process: Child) -> tuple[RequestRecord, RequestRecord]:
         with edge_with("bundled", {"cloud": process.address}) as edge:
-            async with edge.generate(PROMPT, "edge[0:4] cloud[4:8]", max_new_tokens=200, stop_ids=()) as generation:
+
+            async def answer(partition: str, kill: bool) -> RequestRecord:
+                async with edge.generate(PROMPT, partition, max_new_tokens=40, stop_ids=()) as generation:
+                    async for _ in generation:
+                        if kill:
+                            process.process.kill()
+                return generation.record
+
+            return await answer("edge[0:4] cloud[4:8]", kill=True), await answer("all:edge", kill=False)
+
+    with worker("bundled") as process:
+        killed, alone = asyncio.run(play(process))
+        assert process.process.wait(5) == -9
+    assert killed.token_ids == alone.token_ids
+    assert killed.partition == "all:edge"
+    assert "cloud was lost in mid-generation" in killed.runs[0].ended
+    assert killed.is_degraded
+
+
+def test_a_worker_killed_in_mid_generation_that_cannot_be_done_without_is_an_error() -> None:
+    async def play(process: Child) -> None:
+        with edge_with("bundled", {"cloud": process.address}, memory_bytes=int(15e6)) as edge:
+            partition, rules = edge.partition("edge[0:4] cloud[4:8]"), RecoveryRules(budget_s=0.5)
+            assert not edge.machine.fits(edge.partition("all:edge"), 0, 200)
+            async with edge.generate(PROMPT, partition, max_new_tokens=150, stop_ids=(), rules=rules) as generation:
                 async for _ in generation:
                     process.process.kill()
 
-    with worker("bundled") as process:
-        with pytest.raises(LinkDied, match="cloud was lost"):
-            asyncio.run(play(process))
-        assert process.process.wait(5) == -9
+    with worker("bundled") as process, pytest.raises(LinkDied, match="cloud was lost in mid-generation"):
+        asyncio.run(play(process))
 
 
 def test_a_worker_ends_with_the_process_that_started_it() -> None:

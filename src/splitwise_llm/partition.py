@@ -76,6 +76,17 @@ class Partition:
             yield from layer.groups
             yield from layer.shards
 
+    def renumbered(self, numbers: Mapping[int, int]) -> Partition:
+        """The same partition with some machines in the places of others."""
+        layers = {
+            layer: Placement(
+                tuple(numbers.get(m, m) for m in layer.groups), tuple(numbers.get(m, m) for m in layer.shards)
+            )
+            for layer in set(self.layers)
+        }
+        ends = (numbers.get(self.embed, self.embed), numbers.get(self.head, self.head))
+        return Partition(tuple(layers[layer] for layer in self.layers), *ends)
+
     # Named constructors
 
     @classmethod

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from splitwise_llm.decision import Decision
+from splitwise_llm.errors import PartitionError
 from splitwise_llm.partition import Part
 from splitwise_llm.spec import ModelSpec
 
@@ -117,7 +118,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Stages in order and the moves between them, for one decision on one model."""
+    """Stages in order and the moves between them, for one decision on one model: the whole of it, or an excerpt."""
 
     decision: Decision
     d_model: int
@@ -127,6 +128,10 @@ class Plan:
     """Per stage, the machines that hold its result: those that add the partial sums where it is shared."""
     direct: frozenset[tuple[int, int]] = frozenset()
     """Pairs of workers with a link of their own; everyone else meets through the device."""
+    feeder: int | None = None
+    """Of an excerpt that begins with the residual stream: the machine that has kept it; None: ids come first."""
+    first: int = 0
+    """The first half; behind 0 only in an excerpt."""
     _after: dict[int, tuple[Move, ...]] = field(init=False, repr=False, compare=False, hash=False)
 
     def __post_init__(self) -> None:
@@ -169,25 +174,27 @@ class Plan:
             return self.decision.wire.payload_bytes(rows, self.d_model)
         return TOKEN_ID_BYTES * rows
 
-    def step(self, index: int, prompt_tokens: int) -> Step:
-        """Step number `index` of a request: a prefill chunk, or the decode step after token `index - chunks`."""
-        chunks = self.decision.num_chunks(prompt_tokens)
+    def step(self, index: int, known: int, start: int = 0) -> Step:
+        """Step number `index` of a run over ids of which `known` are there and the first `start` are cached: a
+        prefill chunk, or the decode step after token `index - chunks`."""
+        chunks = self.decision.num_chunks(known - start)
         if index >= chunks:
-            return Step(index, prompt_tokens + index - chunks, 1, emits=True, is_prefill=False)
-        size = self.decision.prefill_chunk or prompt_tokens
-        count = min(size, prompt_tokens - index * size)
-        return Step(index, index * size, count, emits=index == chunks - 1, is_prefill=True)
+            return Step(index, known + index - chunks, 1, emits=True, is_prefill=False)
+        size = self.decision.prefill_chunk or known - start
+        first = start + index * size
+        return Step(index, first, min(size, known - first), emits=index == chunks - 1, is_prefill=True)
 
-    def num_steps(self, prompt_tokens: int, tokens_out: int) -> int:
+    def num_steps(self, known: int, tokens_out: int, start: int = 0) -> int:
         """The prefill chunks, then one decode step for each generated token but the last."""
-        return self.decision.num_chunks(prompt_tokens) + tokens_out - 1
+        return self.decision.num_chunks(known - start) + max(tokens_out - 1, 0)
 
-    def traffic(self, prompt_tokens: int, tokens_out: int) -> tuple[Crossings, ...]:
-        """Every crossing of a request, each leg counted, in a fixed order."""
+    def traffic(self, known: int, tokens_out: int, start: int = 0) -> tuple[Crossings, ...]:
+        """Every crossing of a run that generates so many tokens (of an excerpt: none), each leg counted, in a fixed
+        order."""
         counts: Counter[tuple[int, Kind, int, int]] = Counter()
         sizes: Counter[tuple[int, Kind, int, int]] = Counter()
-        for index in range(self.num_steps(prompt_tokens, tokens_out)):
-            step = self.step(index, prompt_tokens)
+        for index in range(self.num_steps(known, tokens_out, start)):
+            step = self.step(index, known, start)
             for move in self.moves:
                 rows = self.rows(move, step)
                 for src, dst in self.legs(move.src, move.dst) if rows else ():
@@ -254,24 +261,63 @@ def compile(  # noqa: A001 - the verb of the field; nothing here needs the built
     return Plan(decision, spec.d_model, stages, tuple(moves), tuple(joiners), both_ways)
 
 
+def excerpt(
+    decision: Decision,
+    spec: ModelSpec,
+    num_machines: int,
+    direct: Iterable[tuple[int, int]],
+    first: int,
+    stop: int,
+    feeder: int | None = None,
+) -> Plan:
+    """The part of a plan that fills caches again: halves `first` to `stop`, whose result nobody takes.
+
+    The residual stream before half `first` comes from `feeder`, who has kept it; None: from the ids, and `first` is
+    0. Raises PartitionError.
+    """
+    partition = decision.partition
+    partition.check(spec, num_machines)
+    if not 0 <= first < stop <= 2 * spec.num_layers or (feeder is None) != (first == 0):
+        raise PartitionError(f"halves {first} to {stop} fed by {feeder} are no part of {2 * spec.num_layers} halves")
+    stages = _halves(decision, first, stop, [Serial(partition.embed, 0, 0, embed=True)] if feeder is None else [])
+    moves: list[Move] = []
+    joiners: list[tuple[int, ...]] = []
+    for index, stage in enumerate(stages[:-1]):
+        held, crossing = _boundary(index, stage, stages[index + 1])
+        joiners.append(held)
+        moves += crossing
+    if feeder is not None:
+        moves += [Move(Kind.RESIDUAL, -1, feeder, machine) for machine in stages[0].machines if machine != feeder]
+    elif partition.embed != DEVICE:
+        moves.append(Move(Kind.PROMPT, -1, DEVICE, partition.embed))
+    both_ways = frozenset(pair for a, b in direct for pair in ((a, b), (b, a)))
+    return Plan(decision, spec.d_model, tuple(stages), tuple(moves), (*joiners, ()), both_ways, feeder, first)
+
+
 def _stages(decision: Decision, spec: ModelSpec) -> tuple[Stage, ...]:
     partition = decision.partition
-    stages: list[Stage] = [Serial(partition.embed, 0, 0, embed=True)]
-    for half in range(2 * spec.num_layers):
-        owners = sorted(set(partition.owners(half)))
-        last = stages[-1]
-        if len(owners) > 1:
-            stages.append(Shared(half, tuple(Share(m, partition.units_on(m, half)) for m in owners)))
-        elif isinstance(last, Serial) and last.machine == owners[0]:
-            stages[-1] = replace(last, stop=half + 1)
-        else:
-            stages.append(Serial(owners[0], half, half + 1))
+    stages = _halves(decision, 0, 2 * spec.num_layers, [Serial(partition.embed, 0, 0, embed=True)])
     last = stages[-1]
     if isinstance(last, Serial) and last.machine == partition.head:
         stages[-1] = replace(last, head=True)
     else:
         stages.append(Serial(partition.head, 2 * spec.num_layers, 2 * spec.num_layers, head=True))
     return tuple(stages)
+
+
+def _halves(decision: Decision, first: int, stop: int, before: list[Stage]) -> list[Stage]:
+    """The stages of some halves, behind those before."""
+    partition, stages = decision.partition, before
+    for half in range(first, stop):
+        owners = sorted(set(partition.owners(half)))
+        last = stages[-1] if stages else None
+        if len(owners) > 1:
+            stages.append(Shared(half, tuple(Share(m, partition.units_on(m, half)) for m in owners)))
+        elif isinstance(last, Serial) and last.machine == owners[0]:
+            stages[-1] = replace(last, stop=half + 1)
+        else:
+            stages.append(Serial(owners[0], half, half + 1))
+    return stages
 
 
 def _boundary(index: int, stage: Stage, following: Stage | None) -> tuple[tuple[int, ...], Sequence[Move]]:

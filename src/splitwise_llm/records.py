@@ -16,6 +16,38 @@ class Interval:
     step: int
     start_s: float
     stop_s: float
+    run: int = 0
+    """Which of the request's runs it belongs to; stages and steps are counted in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One run of a request: the ids `start` to `known` through a partition, then `tokens` more. A fill (which makes
+    caches anew for the run behind it) generates none."""
+
+    run: int
+    partition: str
+    wire: str
+    start: int
+    known: int
+    tokens: int
+    at_s: float
+    """After the prompt was handed over."""
+    why: str
+    """What it was begun for: admission, move, fault, return, resume; `fill` and what is filled."""
+    ended: str = ""
+    """Empty if it ran to its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a request besides its tokens."""
+
+    at_s: float
+    """After the prompt was handed over."""
+    kind: str
+    """suspect, lost, attempt, back, failed-over, waiting, move, refused, shadow, journal, precision ..."""
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +111,19 @@ class RequestRecord:
     """Who decided; empty for a partition that was given."""
     predicted: Prediction | None = None
     """None where a machine is not profiled."""
+    token_times_s: tuple[float, ...] = ()
+    """When each token came, after the prompt was handed over."""
+    runs: tuple[RunRecord, ...] = ()
+    """The history of partitions, in order; one where nothing happened. `partition` and `wire` are the last one's."""
+    events: tuple[Event, ...] = ()
+    recomputed_tokens: int = 0
+    """Positions behind which a token had come already and that a machine computed again though it had not lost them."""
+    device_j: float | None = None
+    """What the device drew from the prompt to the last token; None where nobody knows."""
+    device_j_from: str = ""
+    """The meter (of the whole machine), or `modelled`."""
+    is_degraded: bool = False
+    """Whether something failed and was got over, or weights or wire changed precision on the way."""
 
     @property
     def up_bytes(self) -> int:
@@ -108,6 +153,24 @@ class RequestRecord:
     def to_json(self) -> str:
         """One line."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How a request that is under way stands."""
+
+    partition: str
+    wanted: str
+    """What was decided before anything failed."""
+    tokens: int
+    is_degraded: bool
+    """Whether something that should be there is not: a worker, or the journal's file."""
+    workers: dict[str, str]
+    """Where things stand with each, as in docs/recovery.md; `not met` where nobody ever answered."""
+    journal: str
+    """Where it is kept; why it no longer is; or `in memory`."""
+    joules: float | None
+    joules_from: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from splitwise_llm.wire import messages
 from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.memory import memory_pair
 from splitwise_llm.wire.messages import Welcome, pack
+from splitwise_llm.wire.sequence import Sequenced
 from splitwise_llm.wire.shaped import ShapedLink
 from splitwise_llm.wire.shaper import LinkShape
 
@@ -347,7 +348,8 @@ def test_a_worker_that_gives_impossible_figures_of_itself_is_not_believed(figure
         async with lab() as one:
 
             async def connect(name: str) -> Link:
-                near, far = memory_pair(("device", name))
+                near, raw = memory_pair(("device", name))
+                far = Sequenced(raw)
                 mine = one.edge.machine.checkpoint.fingerprint
                 usual = Welcome(messages.PROTOCOL_VERSION, mine, "fp32", "full", 10**9, 10**6, 1, "")
                 await far.send(pack(msgspec.structs.replace(usual, figures=figures)))

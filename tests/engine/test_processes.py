@@ -58,7 +58,7 @@ def test_workers_with_a_link_of_their_own_spare_the_device_the_relay(
                     pass
         relayed = {(c.src, c.dst) for c in generation.record.crossings if c.kind == "residual" and c.after == 1}
         assert relayed == ({(1, 2)} if direct else {(1, 0), (0, 2)})
-        assert generation.record.round_trips_per_token == generation._plan.round_trips_per_token
+        assert generation.record.round_trips_per_token == generation.plan.round_trips_per_token
         async with in_process(locate("bundled"), direct=direct) as edge:
             alone = await logits_and_tokens(edge, decision, NO_LOSS)
         assert real[1] == alone[1]

@@ -12,13 +12,14 @@ import pytest
 
 from splitwise_llm.bench.in_process import in_process
 from splitwise_llm.cost.measured import Measured
+from splitwise_llm.engine import worker
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.meters import Gauge, Rapl, find_meter
 from splitwise_llm.engine.probing import probe
 from splitwise_llm.engine.profiling import Grid, Profiler, shares_measured
 from splitwise_llm.engine.roofline import Peaks, device_figures, watts
-from splitwise_llm.engine.worker import MAX_PINGS, Worker
+from splitwise_llm.engine.worker import Worker
 from splitwise_llm.errors import LinkDied, PeerMismatch, ProtocolError, RequestError
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.partition import Part
@@ -27,6 +28,7 @@ from splitwise_llm.wire import messages
 from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.memory import memory_pair
 from splitwise_llm.wire.messages import Hello, Open, Ping, Pong, Welcome, pack, unpack
+from splitwise_llm.wire.sequence import Sequenced
 from splitwise_llm.wire.shaped import ShapedLink
 from splitwise_llm.wire.shaper import LinkShape
 
@@ -152,12 +154,17 @@ async def _answer(link: Link) -> tuple[messages.Header, bytes]:
 def test_a_worker_answers_pings_and_then_serves(tiny: Callable[[str], Path]) -> None:
     one = Scene(tiny("llama"))
 
-    async def scene(link: Link) -> None:
+    async def scene(raw: Link) -> None:
+        link = Sequenced(raw)
         await link.send(one.hello())
         assert isinstance((await _answer(link))[0], Welcome)
-        await link.send(pack(Ping(1000), b"anything"))
-        assert await _answer(link) == (Pong(), bytes(1000))
-        await link.send(pack(Open("s", 9, ["edge"], b"", "fp32", 0, 1, 1, [], 0.0, 0, 1.0, 0, 0.0, 0)))
+        await link.send(pack(Ping(1000, stamp=4), b"anything"))
+        pong, filling = await _answer(link)
+        assert isinstance(pong, Pong)
+        assert (pong.stamp, filling) == (4, bytes(1000))
+        assert pong.advert is not None
+        assert pong.advert["sessions"] == 0
+        await link.send(pack(Open("s", 9, ["edge"], 2, [], 0.0, 0, 1.0, 0, 0.0, 0)))
         header, _ = await _answer(link)
         assert isinstance(header, messages.Failed)
         assert "cannot be machine 9" in header.message
@@ -165,17 +172,23 @@ def test_a_worker_answers_pings_and_then_serves(tiny: Callable[[str], Path]) -> 
     asyncio.run(one.play(scene))
 
 
-def test_pings_end_somewhere_and_never_ask_for_too_much(tiny: Callable[[str], Path]) -> None:
+def test_a_link_may_be_pinged_for_as_long_as_it_is_there_and_never_for_too_much(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = Scene(tiny("llama"))
+    monkeypatch.setattr(worker, "OPENING_S", 0.2)
 
-    async def scene(link: Link) -> None:
+    async def scene(raw: Link) -> None:
+        link = Sequenced(raw)
         await link.send(one.hello())
         await _answer(link)
-        for _ in range(MAX_PINGS + 1):
-            await link.send(pack(Ping(0)))
-        answers = [(await _answer(link))[0] for _ in range(MAX_PINGS + 2)]
-        assert isinstance(answers[-1], messages.Failed)
-        assert "pings" in answers[-1].message
+        for stamp in range(300):
+            await link.send(pack(Ping(0, stamp)))
+        answers = [(await _answer(link))[0] for _ in range(300)]
+        assert [header.stamp for header in answers if isinstance(header, Pong)] == list(range(300))
+        header, _ = await _answer(link)
+        assert isinstance(header, messages.Failed), "silence ends it"
+        assert "within 0.2 s" in header.message
 
     asyncio.run(one.play(scene))
     with pytest.raises(ProtocolError, match="cannot be read"):

@@ -1,4 +1,5 @@
-"""Two rules a whole run does not show: copies of the stream stay equal, and nobody speaks for another machine."""
+"""Rules that a whole run does not show: copies of the stream stay equal, nobody speaks for another machine, and each
+run has its own letter box."""
 
 from __future__ import annotations
 
@@ -14,12 +15,13 @@ from splitwise_llm import plan as plans
 from splitwise_llm.bench.in_process import in_process
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.engine.machine import need_of
-from splitwise_llm.engine.post import Post
-from splitwise_llm.errors import ProtocolError
+from splitwise_llm.engine.post import Extent, Office, Post
+from splitwise_llm.errors import LinkDied, ProtocolError
 from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.model.share import Share
 from splitwise_llm.model.weights import Resident
 from splitwise_llm.partition import Partition
+from splitwise_llm.plan import Kind
 from splitwise_llm.spec import Dtype, Weights
 from splitwise_llm.wire.codec import round_trip
 from splitwise_llm.wire.memory import memory_pair
@@ -71,13 +73,56 @@ def test_a_message_must_come_from_its_sender_or_by_its_way(tiny: Callable[[str],
 
     async def play(speaker: int) -> None:
         pairs = {machine: memory_pair() for machine in (1, 2)}
-        post = Post(0, plan, {machine: near for machine, (near, _) in pairs.items()}, NAMES, 1, 2)
-        frame = pack(Data(0, 1, "residual", 1, 2, 0, "fp32", 1, 64), bytes(256))
-        await pairs[speaker][1].send(frame)
-        await pairs[speaker][1].close()
-        await post.pump(speaker)
+        links = {machine: near for machine, (near, _) in pairs.items()}
+        box = Post(0, plan, Extent(7, 0, 1, 2), links, NAMES)
+        payload = bytes(256)
+        header = Data(7, 1, 1, "residual", 1, 2, 0, "fp32", 1, 64)
+        frame = pack(header, payload)
+        await box.accept(header, memoryview(payload), frame, speaker)
+        await box.accept(header, memoryview(payload), frame, speaker)
+        await pairs[2][0].close()
         assert await pairs[2][1].receive() == frame, "relayed as it came"
+        assert await pairs[2][1].receive() is None, "and once"
+        assert [(c.src, c.dst, c.count) for c in box.crossings] == [(0, 2, 1)]
 
     asyncio.run(play(1))
     with pytest.raises(ProtocolError, match="not come by way of machine 2"):
         asyncio.run(play(2))
+
+
+def test_what_is_late_finds_no_box_and_what_is_early_waits_for_its_own(tiny: Callable[[str], Path]) -> None:
+    spec = Checkpoint(tiny("llama")).architecture.spec
+    plan = plans.compile(Decision(Partition.cut(spec, 2)), spec, 2)
+    (move,) = (one for one in plan.moves if one.kind is Kind.RESIDUAL)
+
+    def frame(run: int) -> tuple[Data, memoryview, bytes, int]:
+        payload = bytes([run]) * 256
+        header = Data(run, 0, 0, "residual", 0, 1, 0, "fp32", 1, 64)
+        return header, memoryview(payload), pack(header, payload), 0
+
+    async def play() -> None:
+        office, boxes = Office(), {run: Post(1, plan, Extent(run, 0, 1, 2), {}, NAMES) for run in (1, 2, 4)}
+        await office.open(boxes[1])
+        for run in (2, 3, 4):
+            await office.accept(*frame(run))
+        office.close(1)
+        await office.accept(*frame(1))
+        assert office.late == 1
+        await office.open(boxes[2])
+        assert bytes((await boxes[2].receive(move, boxes[2].step(0)))[0]) == bytes([2]) * 256
+        await office.open(boxes[4])  # run 3 is never begun
+        assert office.late == 2
+        await office.accept(*frame(3))
+        assert office.late == 3
+        assert bytes((await boxes[4].receive(move, boxes[4].step(0)))[0]) == bytes([4]) * 256
+        office.fail(LinkDied("gone"), run=2)
+        with pytest.raises(LinkDied):
+            await boxes[2].receive(move, boxes[2].step(1))
+        waiting = asyncio.ensure_future(boxes[4].receive(move, boxes[4].step(1)))
+        await asyncio.sleep(0)
+        assert not waiting.done(), "what has failed in one run has not in another"
+        office.fail(LinkDied("gone"))
+        with pytest.raises(LinkDied):
+            await waiting
+
+    asyncio.run(play())

@@ -74,7 +74,7 @@ def test_an_emulated_device_takes_the_time_its_roofline_predicts(text: str) -> N
                     pass
             (me,) = generation.record.machines
             assert me.emulated == "slow"
-            plan = generation._plan
+            plan = generation.plan
             for interval in me.intervals:
                 step = plan.step(interval.step, len(PROMPT))
                 due = stage_seconds(machine.spec, Host(device, Dtype.FP32), plan.stages[0], 0, step)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.raw_sessions import Lab, play, stream
 from splitwise_llm import cost
+from splitwise_llm.decision import Decision
+from splitwise_llm.engine import post
+from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.worker import Worker
@@ -31,84 +32,38 @@ from splitwise_llm.errors import (
 from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import Kind
-from splitwise_llm.records import Interval
+from splitwise_llm.records import Interval, RequestRecord
 from splitwise_llm.spec import Dtype, Weights
 from splitwise_llm.wire import messages
 from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.memory import MemoryLink, memory_pair
-from splitwise_llm.wire.messages import Close, Closed, Data, Failed, Hello, Open, Opened, Welcome, pack, unpack
-
-
-@dataclass
-class Lab:
-    """A worker, and ways to talk to it."""
-
-    worker: Worker
-    checkpoint: Checkpoint
-
-    @asynccontextmanager
-    async def link(self) -> AsyncIterator[MemoryLink]:
-        near, far = memory_pair()
-        task = asyncio.create_task(self._serve(far))
-        yield near
-        await near.close()
-        await task
-
-    async def _serve(self, far: Link) -> None:
-        await self.worker.handle(far)
-        await far.close()
-
-    def hello(self) -> bytes:
-        return pack(Hello(messages.PROTOCOL_VERSION, self.checkpoint.fingerprint))
-
-    def opening(self, **changes: object) -> Open:
-        partition = Partition.cut(self.checkpoint.architecture.spec, 2)
-        usual = Open("s", 1, ["edge", "cloud"], partition.to_bytes(), "fp32", 0, 4, 3, [], 0.0, 0, 1.0, 0, 0.0, 0)
-        return msgspec.structs.replace(usual, **changes)
-
-    async def opened(self, link: Link, **changes: object) -> messages.Header:
-        """Greet and open; the worker's answer to the opening."""
-        await link.send(self.hello())
-        assert isinstance(await said(link), Welcome)
-        await link.send(pack(self.opening(**changes)))
-        return await said(link)
-
-    async def check_serves(self) -> None:
-        """A well-behaved session still works."""
-        async with self.link() as link:
-            assert isinstance(await self.opened(link), Opened)
-            x = torch.zeros(4, 64)
-            await link.send(pack(Data(0, 0, "residual", 0, 1, 0, "fp32", 4, 64), x.numpy().tobytes()))
-            token = await said(link)
-            assert isinstance(token, Data)
-            assert token.kind == "token"
-            await link.send(pack(Close()))
-            assert isinstance(await said(link), Closed)
-
-
-async def said(link: Link) -> messages.Header:
-    frame = await asyncio.wait_for(link.receive(), 10)
-    assert frame is not None
-    return unpack(frame)[0]
+from splitwise_llm.wire.messages import (
+    Close,
+    Closed,
+    Data,
+    Failed,
+    Halted,
+    Hello,
+    Ping,
+    Pong,
+    Welcome,
+    pack,
+    unpack,
+)
+from splitwise_llm.wire.sequence import Sequenced
 
 
 @pytest.fixture
-def lab(tiny: Callable[[str], Path]) -> Callable[[Callable[[Lab], object]], None]:
+def lab(tiny: Callable[[str], Path]) -> Callable[[Callable[[Lab], Awaitable[None]]], None]:
     checkpoint = Checkpoint(tiny("llama"))
 
-    def run(scene: Callable[[Lab], object]) -> None:
-        async def play() -> None:
-            with Machine(checkpoint) as machine:
-                one = Lab(Worker(machine, max_sessions=2, idle_s=5), checkpoint)
-                await scene(one)  # type: ignore[misc]
-                await one.check_serves()
-
-        asyncio.run(play())
+    def run(scene: Callable[[Lab], Awaitable[None]]) -> None:
+        play(checkpoint, scene)
 
     return run
 
 
-Run = Callable[[Callable[[Lab], object]], None]
+Run = Callable[[Callable[[Lab], Awaitable[None]]], None]
 
 
 @given(frame=st.binary(max_size=200))
@@ -120,13 +75,25 @@ def test_bytes_that_are_no_message_are_a_protocol_error(frame: bytes) -> None:
     pytest.fail("random bytes were taken for a message")
 
 
-def test_garbage_after_the_greeting_ends_only_that_session(lab: Run) -> None:
+def test_garbage_ends_only_its_link(lab: Run) -> None:
     async def scene(lab: Lab) -> None:
-        async with lab.link() as link:
-            await link.send(b"GET / HTTP/1.1\r\n\r\n")
-            failed = await said(link)
-            assert isinstance(failed, Failed)
-            assert failed.error == "ProtocolError"
+        async with lab.link() as device:
+            await device.raw.send(b"GET / HTTP/1.1\r\n\r\n")
+            assert await device.frame() is None, "who does not even number frames is hung up on"
+        async with lab.link() as device:
+            await device.link.send(b"GET / HTTP/1.1\r\n\r\n")
+            assert (await device.hear(Failed)).error == "ProtocolError"
+
+    lab(scene)
+
+
+def test_garbage_in_mid_session_ends_that_session(lab: Run) -> None:
+    async def scene(lab: Lab) -> None:
+        async with lab.session() as (device, _):
+            await lab.begun(device)
+            await device.link.send(b"GET / HTTP/1.1\r\n\r\n")
+            assert (await device.hear(Failed)).error == "ProtocolError"
+        assert not lab.worker.machine._open
 
     lab(scene)
 
@@ -137,11 +104,9 @@ def test_another_protocol_version_or_model_is_refused_on_both_sides(lab: Run) ->
             (Hello(99, lab.checkpoint.fingerprint), "protocol 99"),
             (Hello(messages.PROTOCOL_VERSION, "other"), "holds model other"),
         ]:
-            async with lab.link() as link:
-                await link.send(pack(hello))
-                assert isinstance(await said(link), Welcome)
-                failed = await said(link)
-                assert isinstance(failed, Failed)
+            async with lab.link() as device:
+                await device.ask(hello, Welcome)
+                failed = await device.hear(Failed)
                 assert failed.error == "PeerMismatch"
                 assert says in failed.message
 
@@ -151,40 +116,34 @@ def test_another_protocol_version_or_model_is_refused_on_both_sides(lab: Run) ->
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"partition": b"\x01\x00"}, "PartitionError", "action vector"),
-        ({"wire": "fp64"}, "RequestError", "fp64"),
-        ({"prompt_tokens": 300}, "RequestError", "context 256"),
-        ({"prompt_tokens": 200, "max_new_tokens": 100}, "RequestError", "at most 56"),
-        ({"prompt_tokens": 0}, "RequestError", "empty"),
+        ({"capacity": 300}, "RequestError", "context is 256"),
+        ({"capacity": 1}, "RequestError", "1 positions"),
         ({"temperature": -1.0}, "RequestError", "temperature"),
         ({"element_loss": 1.5}, "RequestError", "element loss"),
         ({"machine": 0}, "ProtocolError", "cannot be machine 0"),
         ({"machine": 2}, "ProtocolError", "cannot be machine 2"),
         ({"names": ["edge"], "machine": 1}, "ProtocolError", "machine 1 of 1"),
+        ({"names": ["edge", "cloud\n00:00 FAKE"]}, "ProtocolError", "machine names"),
     ],
 )
 def test_an_opening_that_cannot_be_served_is_refused_with_the_reason(
     lab: Run, changes: dict[str, object], error: str, says: str
 ) -> None:
     async def scene(lab: Lab) -> None:
-        async with lab.link() as link:
-            failed = await lab.opened(link, **changes)
-            assert isinstance(failed, Failed)
+        async with lab.link() as device:
+            failed = await lab.refused(device, **changes)
             assert failed.error == error
             assert says in failed.message
 
     lab(scene)
 
 
-GOOD = Data(0, 0, "residual", 0, 1, 0, "fp32", 4, 64)
-BYTES = torch.zeros(4, 64).numpy().tobytes()
-NAN = torch.full((4, 64), float("nan")).numpy().tobytes()
+GOOD, BYTES = stream(0, 0, 4)
 
 
 @pytest.mark.parametrize(
     ("header", "payload", "says"),
     [
-        (GOOD, NAN, "NaN"),
         (GOOD, BYTES[:-4], "expected 1024"),
         (msgspec.structs.replace(GOOD, rows=3), BYTES, r"got fp32 (3, 64), expected fp32 (4, 64)"),
         (msgspec.structs.replace(GOOD, dtype="fp16"), BYTES, "expected fp32"),
@@ -198,36 +157,39 @@ def test_activations_that_the_plan_does_not_call_for_end_the_session(
     lab: Run, header: Data, payload: bytes, says: str
 ) -> None:
     async def scene(lab: Lab) -> None:
-        async with lab.link() as link:
-            assert isinstance(await lab.opened(link), Opened)
-            await link.send(pack(header, payload))
-            failed = await said(link)
-            assert isinstance(failed, Failed)
-            assert failed.error == "ProtocolError"
+        async with lab.session() as (device, _):
+            await lab.begun(device)
+            await device.say(header, payload)
+            failed = await device.hear(Failed)
+            assert (failed.run, failed.error) == (-1, "ProtocolError")
             assert says in failed.message
+        assert not lab.worker.machine._open
 
     lab(scene)
 
 
-def test_a_message_that_comes_twice_ends_the_session(lab: Run) -> None:
+def test_frames_for_runs_that_never_begin_end_the_session_before_they_fill_the_memory(
+    lab: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(post, "MAX_EARLY_FRAMES", 10)
+
     async def scene(lab: Lab) -> None:
-        async with lab.link() as link:
-            assert isinstance(await lab.opened(link), Opened)
-            await link.send(pack(GOOD, BYTES))
-            await link.send(pack(GOOD, BYTES))
-            while not isinstance(answer := await said(link), Failed):
-                pass
-            assert "came twice" in answer.message
+        async with lab.session() as (device, _):
+            for step in range(11):
+                await device.say(msgspec.structs.replace(GOOD, run=2, step=step), BYTES)
+            assert "not begun" in (await device.hear(Failed)).message
 
     lab(scene)
 
 
-def test_a_device_that_vanishes_leaves_nothing_behind(lab: Run) -> None:
+def test_devices_that_vanish_hold_no_more_places_than_there_are(lab: Run) -> None:
     async def scene(lab: Lab) -> None:
-        for _ in range(5):  # more than the session limit
-            async with lab.link() as link:
-                assert isinstance(await lab.opened(link), Opened)
-                link.kill()
+        for n in range(5):  # more than the session limit
+            async with lab.session(session=str(n)) as (device, opened):
+                assert not opened.known
+                await lab.begun(device)
+                device.raw.kill()
+        assert len(lab.worker.machine._open) == 2
 
     lab(scene)
 
@@ -235,49 +197,60 @@ def test_a_device_that_vanishes_leaves_nothing_behind(lab: Run) -> None:
 def test_memory_is_shared_by_all_sessions_of_a_worker(lab: Run) -> None:
     async def scene(lab: Lab) -> None:
         spec = lab.checkpoint.architecture.spec
-        weights = cost.assigned_weight_bytes(spec, Partition.cut(spec, 2), 1, Dtype.FP32, Weights.FULL)
-        cache = cost.assigned_kv_bytes(spec, Partition.cut(spec, 2), 1, Dtype.FP32, 7)
+        weights = cost.assigned_weight_bytes(spec, lab.cut, 1, Dtype.FP32, Weights.FULL)
+        cache = cost.assigned_kv_bytes(spec, lab.cut, 1, Dtype.FP32, 24)
         lab.worker.machine._memory_limit = int(weights + 1.5 * cache)
-        async with lab.link() as first, lab.link() as second:
-            assert isinstance(await lab.opened(first), Opened)
-            failed = await lab.opened(second)
-            assert isinstance(failed, Failed)
-            assert failed.error == "MemoryTooSmall"
-            assert "together with 1 open sessions" in failed.message
+        async with lab.session(session="first") as (first, _), lab.session(session="second") as (second, _):
+            await lab.begun(first)
+            failed = await second.ask(lab.begin(), Failed)
+            assert (failed.run, failed.error) == (1, "MemoryTooSmall")
+            assert "together with 1 other sessions" in failed.message
+            assert await lab.decode(first, 0, 4, 5) == lab.expected[3:5]
+            await first.ask(Close(), Closed)
+            await lab.begun(second, 2)  # there is room now
+            await second.ask(Close(), Closed)
 
     lab(scene)
 
 
+THREE: dict[str, object] = {"names": ["edge", "cloud", "third"]}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("opening", "changes"),
     [
-        {"dial": {0: "127.0.0.1:9"}},
-        {"dial": {9: "127.0.0.1:9"}},
-        {"names": ["edge", "cloud", "third"], "direct": [(1, 2), (2, 1)], "dial": {2: "127.0.0.1:9"}},
-        {"names": ["edge", "cloud", "third"], "direct": [(1, 1)]},
-        {"names": ["edge", "cloud", "third"], "direct": [(1, 7)]},
-        {"names": ["edge", "cloud\n00:00 FAKE"]},
+        ({}, {"dial": {0: "127.0.0.1:9"}}),
+        ({}, {"dial": {9: "127.0.0.1:9"}}),
+        (THREE, {"direct": [(1, 2), (2, 1)], "dial": {2: "127.0.0.1:9"}}),
+        (THREE, {"direct": [(1, 1)]}),
+        (THREE, {"direct": [(1, 7)]}),
+        (THREE, {"direct": [(2, 1)], "dial": {2: "127.0.0.1:9"}}),
     ],
 )
-def test_a_device_cannot_make_a_worker_dial_or_log_what_it_likes(lab: Run, changes: dict[str, object]) -> None:
+def test_a_device_cannot_make_a_worker_dial_what_it_likes(
+    lab: Run, opening: dict[str, object], changes: dict[str, object]
+) -> None:
+    async def connect(address: str) -> Link:
+        raise AssertionError(f"dialled {address}")
+
     async def scene(lab: Lab) -> None:
-        async with lab.link() as link:
-            failed = await lab.opened(link, **changes)
-            assert isinstance(failed, Failed)
-            assert failed.error == "ProtocolError"
+        lab.worker._connect = connect
+        async with lab.session(**opening) as (device, _):
+            failed = await device.ask(lab.begin(**changes), Failed)
+            assert (failed.run, failed.error) == (1, "ProtocolError")
 
     lab(scene)
 
 
 def test_an_account_of_any_length_gets_through() -> None:
-    many = [Interval(n % 60, n, n / 7, n / 7 + 1) for n in range(100_000)]
-    closed = Closed([], 5, 6)
-    header, payload = unpack(pack(closed, messages.pack_intervals(many)))
-    assert header == closed
+    many = [Interval(n % 60, n, n / 7, n / 7 + 1, n % 5) for n in range(100_000)]
+    halted = Halted(1, [], 6)
+    header, payload = unpack(pack(halted, messages.pack_intervals(many)))
+    assert header == halted
     assert messages.unpack_intervals(payload) == tuple(many)
     with pytest.raises(messages.ProtocolError):
         messages.unpack_intervals(payload[:-1])
-    strange = pack(Closed([messages.Crossed(0, Kind.TOKEN, 1, 0, 2, 8)], 5, 6)).replace(b"token", b"taken")
+    strange = pack(Halted(1, [messages.Crossed(0, Kind.TOKEN, 1, 0, 2, 8)], 6)).replace(b"token", b"taken")
     with pytest.raises(messages.ProtocolError):
         unpack(strange)
     with pytest.raises(BrokenInvariant, match="belongs in the payload"):
@@ -286,26 +259,27 @@ def test_an_account_of_any_length_gets_through() -> None:
 
 def test_sessions_beyond_the_limit_are_refused_and_the_others_go_on(lab: Run) -> None:
     async def scene(lab: Lab) -> None:
-        async with lab.link() as first, lab.link() as second, lab.link() as third:
-            assert isinstance(await lab.opened(first), Opened)
-            assert isinstance(await lab.opened(second), Opened)
-            failed = await lab.opened(third)
-            assert isinstance(failed, Failed)
+        async with lab.session(session="first") as (first, _), lab.session(session="second"), lab.link() as third:
+            await lab.begun(first)
+            failed = await lab.refused(third, session="third")
             assert "all 2 sessions" in failed.message
-            await first.send(pack(GOOD, BYTES))
-            assert isinstance(await said(first), Data)
+            assert failed.retry_after_s is not None
+            assert await lab.decode(first, 0, 4, 5) == lab.expected[3:5]
 
     lab(scene)
 
 
 def test_a_silent_session_is_closed_after_the_idle_limit(lab: Run) -> None:
     async def scene(lab: Lab) -> None:
-        lab.worker.idle_s = 0.2
-        async with lab.link() as link:
-            assert isinstance(await lab.opened(link), Opened)
-            failed = await said(link)
-            assert isinstance(failed, Failed)
-            assert "0.2 s" in failed.message
+        lab.worker.idle_s = 0.3
+        async with lab.session() as (device, _):
+            await lab.begun(device)
+            for _ in range(4):  # any word is a sign of life
+                await asyncio.sleep(0.15)
+                await device.ask(Ping(0), Pong)
+            failed = await device.hear(Failed)
+            assert "0.3 s" in failed.message
+        assert not lab.worker.machine._open, "nobody is there to come back"
         lab.worker.idle_s = 5
 
     lab(scene)
@@ -346,7 +320,8 @@ def test_the_device_says_which_worker_failed_and_how(
 ) -> None:
     checkpoint = Checkpoint(tiny("llama"))
 
-    async def serve(link: Link) -> None:
+    async def serve(raw: Link) -> None:
+        link = Sequenced(raw)
         await link.receive()
         if answer:
             await link.send(pack(answer))
@@ -362,25 +337,91 @@ def test_the_device_says_which_worker_failed_and_how(
     asyncio.run(play())
 
 
-def test_a_worker_that_dies_in_mid_generation_is_named(tiny: Callable[[str], Path]) -> None:
-    checkpoint = Checkpoint(tiny("llama"))
+PARTITION = "edge[0:2] cloud[2:4]"
+SOON = RecoveryRules(budget_s=0.3)
 
-    async def play() -> None:
-        with Machine(checkpoint) as machine, Machine(checkpoint) as other:
+
+def beside_a_worker(
+    tiny: Callable[[str], Path],
+    *,
+    kill: bool = True,
+    returns: bool = True,
+    room_for: str = "all:edge",
+    rules: RecoveryRules | None = None,
+    patience: float = 1.0,
+) -> RequestRecord:
+    """12 tokens across a cut, whose link is killed at the third; then the worker is there again, or is not. The device
+    has memory for its share of one partition and no more."""
+    checkpoint = Checkpoint(tiny("llama"))
+    spec = checkpoint.architecture.spec
+    most = Partition.parse(room_for, spec, ("edge", "cloud"))
+    # Beside its share of the cut: what it computes while it holds that needs a cache of its own.
+    caches = cost.assigned_kv_bytes(spec, most, 0, Dtype.FP32, 15) + cost.assigned_kv_bytes(
+        spec, Partition.cut(spec, 2), 0, Dtype.FP32, 15
+    )
+    memory = cost.assigned_weight_bytes(spec, most, 0, Dtype.FP32, Weights.FULL) + caches
+
+    async def play() -> RequestRecord:
+        with Machine(checkpoint, memory_bytes=int(memory) + 1) as machine, Machine(checkpoint) as other:
             worker = Worker(other)
             ends: list[MemoryLink] = []
 
             async def serve(link: Link) -> None:
+                if ends and not returns:
+                    return
                 ends.append(link)  # type: ignore[arg-type]
                 await worker.handle(link)
 
             edge, _ = edge_to(checkpoint, machine, serve)
-            async with edge.generate([1, 2, 3], "edge[0:2] cloud[2:4]", stop_ids=()) as generation:
+            decision = Decision(edge.partition(PARTITION), patience=patience)
+            async with edge.generate([1, 2, 3], decision, max_new_tokens=12, stop_ids=(), rules=rules) as generation:
+                count = 0
                 async for _token in generation:
-                    ends[0].kill()
+                    count += 1
+                    if count == 3 and kill:
+                        ends[0].kill()
+            return generation.record
 
+    return asyncio.run(play())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Callable[[str], Path]) -> tuple[int, ...]:
+    record = beside_a_worker(tiny, kill=False)
+    assert not record.is_degraded
+    assert not record.events
+    assert len(set(record.token_ids)) > 5, "a run that repeats itself would prove nothing"
+    return record.token_ids
+
+
+def test_a_worker_that_is_lost_and_comes_back_is_gone_on_with(
+    tiny: Callable[[str], Path], undisturbed: tuple[int, ...]
+) -> None:
+    record = beside_a_worker(tiny, room_for=PARTITION)
+    assert record.token_ids == undisturbed
+    assert record.is_degraded
+    assert [run.partition for run in record.runs] == [PARTITION] * len(record.runs)
+    assert [run.why for run in record.runs] == ["admission", "fault"], "its caches were there: nothing was filled"
+    assert "cloud was lost in mid-generation" in record.runs[0].ended
+    assert record.runs[1].start == record.runs[1].known - 1
+    kinds = [event.kind for event in record.events]
+    assert kinds.index("lost") < kinds.index("waiting" if "waiting" in kinds else "back")
+    assert any("cloud: back, nothing was lost" in event.text for event in record.events)
+
+
+@pytest.mark.parametrize("patience", [0.0, 1.0])
+def test_a_worker_that_does_not_come_back_is_done_without(
+    patience: float, tiny: Callable[[str], Path], undisturbed: tuple[int, ...]
+) -> None:
+    record = beside_a_worker(tiny, returns=False, patience=patience)
+    assert record.token_ids == undisturbed
+    assert record.partition == "all:edge"
+    assert any(event.kind == "failed-over" and "all:edge" in event.text for event in record.events)
+
+
+def test_a_worker_that_does_not_come_back_and_cannot_be_done_without_is_named(tiny: Callable[[str], Path]) -> None:
     with pytest.raises(LinkDied, match="cloud was lost in mid-generation"):
-        asyncio.run(play())
+        beside_a_worker(tiny, returns=False, room_for=PARTITION, rules=SOON)
 
 
 def test_a_machine_that_nobody_needs_may_be_down(tiny: Callable[[str], Path]) -> None:

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent.parent
 SOURCE = TESTS.parent / "src"
 FILES = (
     *sorted(TESTS.glob("physics/test_*.py")),
-    *(TESTS / f"test_{name}.py" for name in ("cost", "lyapunov", "moving")),
+    *(TESTS / f"test_{name}.py" for name in ("cost", "lyapunov", "moving", "rebuild")),
 )
 SAID = re.compile(r"# Dies when (?P<file>\S+\.py) says `(?P<mistake>.+?)` for `(?P<right>.+?)`\.$")
 TEST = re.compile(r"def (test_\w+)\(")

@@ -7,6 +7,9 @@ import sys
 
 from splitwise_llm.cli import (
     benches,
+    demo,
+    follow,
+    generate,
     machines,
     plan,
     profile,
@@ -14,6 +17,7 @@ from splitwise_llm.cli import (
     scenarios,
     simulate,
     stability,
+    survival,
     yardsticks,
 )
 from splitwise_llm.cli.options import app
@@ -22,6 +26,9 @@ from splitwise_llm.errors import SplitwiseError, UserError
 __all__ = [
     "app",
     "benches",
+    "demo",
+    "follow",
+    "generate",
     "machines",
     "main",
     "plan",
@@ -30,6 +37,7 @@ __all__ = [
     "scenarios",
     "simulate",
     "stability",
+    "survival",
     "yardsticks",
 ]
 

@@ -6,16 +6,18 @@ It does not decide anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from splitwise_llm.cost import Price, World, price
+from splitwise_llm.cost import Price, World, obstacle, price
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError
-from splitwise_llm.observation import Observation, Policy
+from splitwise_llm.observation import Observation, Occasion, Policy
 from splitwise_llm.policies import find_policy
+from splitwise_llm.policies.in_flight import Running
 from splitwise_llm.policies.objective import Latency
 from splitwise_llm.policies.pipelines import EdgeShard, Program
 from splitwise_llm.policies.solver import Solver
+from splitwise_llm.rebuild import Fill
 from splitwise_llm.records import RequestRecord
 
 
@@ -45,8 +47,29 @@ def asked_policy(
 
 
 @dataclass(frozen=True, slots=True)
+class Insisting:
+    """A policy whose decisions wait as long, and keep a shadow, as a person said."""
+
+    policy: Policy
+    patience: float | None
+    shadow: bool
+
+    @classmethod
+    def where_asked(cls, policy: Policy, patience: float | None, shadow: bool) -> Policy:
+        """The policy itself where nothing was said."""
+        return cls(policy, patience, shadow) if shadow or patience is not None else policy
+
+    def decide(self, observation: Observation) -> Decision:
+        """What the policy decides, but for these."""
+        decision = self.policy.decide(observation)
+        patience = decision.patience if self.patience is None else self.patience
+        return replace(decision, patience=patience, shadow=self.shadow or decision.shadow)
+
+
+@dataclass(frozen=True, slots=True)
 class Explained:
-    """A policy that says what it chose before anything is opened, so that no token waits for the explanation."""
+    """A policy that says what it chose: at admission before anything is opened, so that no token waits for the
+    explanation; in flight, where it is asked beside the generation, in one line when it stays."""
 
     policy: Policy
     called: str
@@ -56,7 +79,8 @@ class Explained:
     def decide(self, observation: Observation) -> Decision:
         """What the policy decides."""
         decision = self.policy.decide(observation)
-        for line in explanation(self.called, decision, observation, self.names):
+        says = explanation if observation.placement is None else move
+        for line in says(self.called, decision, observation, self.names):
             self.say(line)
         return decision
 
@@ -76,6 +100,79 @@ def explanation(called: str, decision: Decision, observation: Observation, names
     else:
         said = _price(price(world, other, job, conditions))
         yield f"  fastest other partition: {_decision(other, names)}: {said}"
+
+
+_WHY = {
+    Occasion.ADMISSION: "admission",
+    Occasion.EPOCH: "asked regularly",
+    Occasion.LINK: "a link changed class",
+    Occasion.LOAD: "a machine's load changed class",
+    Occasion.FAULT: "a machine was lost",
+    Occasion.RETURN: "a machine is back",
+}
+
+
+def move(called: str, decision: Decision, observation: Observation, names: Sequence[str]) -> Iterator[str]:
+    """A decision in flight: when, why, and the rest with it. If it moves, also what is believed of the links, the rest
+    without moving, and the way there, a line each."""
+    placement = observation.placement
+    assert placement is not None
+    present = placement.decision
+    moves = decision != present
+    told = f"{called} {'moves to' if moves else 'stays on'} {_decision(decision, names)}"
+    running = Running.of(observation) if observation.world else None
+    rest = f": {_rest(running, decision)}" if running and not moves else ""
+    yield f"token {placement.tokens_out}, {observation.waited_s:.1f} s, {_WHY[observation.occasion]}: {told}{rest}"
+    if not moves:
+        return
+    if running is None:
+        yield f"  {observation.unpriced('a price')}"
+        return
+    yield from _believed(observation, running.world, names)
+    forbidden = obstacle(running.world, present, running.job, running.limits)
+    yield f"  staying on {_decision(present, names)}: {forbidden or _rest(running, present)}"
+    yield f"  moving, the way there included: {_rest(running, decision)}"
+    yield f"  the way there: {_way(running, decision, names)}"
+
+
+def _believed(observation: Observation, world: World, names: Sequence[str]) -> Iterator[str]:
+    """Links within reach, with the age of each figure where somebody keeps it."""
+
+    def old(age_s: float | None) -> str:
+        if age_s is None:
+            return ""
+        return f" ({age_s:.1f} s old)" if age_s < float("inf") else " (never measured)"
+
+    for pair, link in sorted(world.links.items()):
+        if not set(pair) & observation.limits.unreachable:
+            ages = observation.ages_s.get(pair)
+            rtt, up, down = (ages.rtt_s, ages.up_s, ages.down_s) if ages else (None, None, None)
+            yield (
+                f"  believed of {names[pair[0]]}-{names[pair[1]]}: RTT {1e3 * link.rtt_s:.1f} ms{old(rtt)}, "
+                f"up {8e-6 * link.up_bytes_per_s:.3g} Mbit/s{old(up)}, "
+                f"down {8e-6 * link.down_bytes_per_s:.3g} Mbit/s{old(down)}"
+            )
+
+
+def _rest(running: Running, decision: Decision) -> str:
+    one = running.prices([decision])
+    joules = f", {float(one.device_j[0]):.3g} J on the device" if one.total_j[0] else ""
+    return f"{float(one.total_s[0]):.3g} s for about {running.tokens} tokens{joules}"
+
+
+def _way(running: Running, decision: Decision, names: Sequence[str]) -> str:
+    """Seconds, and which halves are computed again or carried, by whom."""
+    if not running.placement.tokens_out:
+        return "the prompt from its start, for no token is there yet"
+    way = running.moving(decision)
+    said = []
+    for chosen in way.choose(running.conditions):
+        if isinstance(chosen, Fill):
+            source = "the ids" if chosen.first == 0 else f"what {names[chosen.feeder]} keeps"
+            said.append(f"layers {chosen.first / 2:g} to {chosen.stop / 2:g} computed again from {source}")
+        else:
+            said += [f"{each.num_units} caches carried from {names[each.src]} to {names[each.dst]}" for each in chosen]
+    return f"{float(way.seconds(running.conditions)):.3g} s: {'; '.join(said) or 'nothing is missing'}"
 
 
 def _fastest_other(world: World, decision: Decision, observation: Observation) -> Decision | None:

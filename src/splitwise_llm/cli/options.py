@@ -44,6 +44,7 @@ DtypeOption = Annotated[Dtype, typer.Option(help="What to compute in.")]
 WeightsOption = Annotated[Weights, typer.Option(help="How weights stay in memory.")]
 Memory = Annotated[str, typer.Option(help="Memory for weights and cache, as in 2GB; default: what is free.")]
 Emulate = Annotated[str, typer.Option(help="Stretch compute: a factor (2.5) or a device file (JSON).")]
+Profile = Annotated[str, typer.Option(help="What this machine can do: a device file, as `splitwise profile` writes.")]
 Tls = Annotated[Path | None, typer.Option(help="Directory made by `splitwise keys`.")]
 R = TypeVar("R")
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result there, too.")]
@@ -99,6 +100,10 @@ def two_names(pair: str) -> tuple[str, str]:
 def write_json(path: Path | None, data: object) -> None:
     if path:
         path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def tell(text: str) -> None:

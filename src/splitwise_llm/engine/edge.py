@@ -5,14 +5,21 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Self
 
 from splitwise_llm.cost import UNLIMITED, Limits
 from splitwise_llm.decision import Decision
-from splitwise_llm.engine.generation import Connect, Device, Generation
+from splitwise_llm.engine.backoff import RecoveryRules
+from splitwise_llm.engine.boundaries import Boundaries
+from splitwise_llm.engine.generation import Device, Generation
+from splitwise_llm.engine.hosted import KEPT_BYTES
+from splitwise_llm.engine.journal import Entry, Journal, check, read_journal
 from splitwise_llm.engine.machine import Machine
+from splitwise_llm.engine.peer import Connect
 from splitwise_llm.engine.survey import Rates
 from splitwise_llm.engine.walk import GREEDY, NO_LOSS, Choose, Request
 from splitwise_llm.errors import RequestError, Unreachable
@@ -24,8 +31,13 @@ from splitwise_llm.partition import NAME, Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.spec import DeviceSpec, Dtype, Weights
 from splitwise_llm.wire.codec import ElementLoss
+from splitwise_llm.wire.faults import Injection
+from splitwise_llm.wire.faulty import FaultyConnect
 from splitwise_llm.wire.grpc_link import dial
+from splitwise_llm.wire.injector import Faults
 from splitwise_llm.wire.link import Link, TlsFiles
+from splitwise_llm.wire.messages import PROTOCOL_VERSION
+from splitwise_llm.wire.pacing import LinkClock
 from splitwise_llm.wire.shaped import ShapedLink
 from splitwise_llm.wire.shaper import LinkShape
 
@@ -68,8 +80,10 @@ class Edge:
         self.close()
 
     def close(self) -> None:
-        """End the machine's compute thread."""
+        """End the machine's compute thread, and what keeps the time of links."""
         self.machine.close()
+        if isinstance(self._device.connect, LinkTo):
+            self._device.connect.close()
 
     def _number(self, name: str) -> int:
         if name not in self.names[1:]:
@@ -103,12 +117,16 @@ class Edge:
         called: str = "",
         limits: Limits = UNLIMITED,
         tools: Tools | None = None,
+        rules: RecoveryRules | None = None,
+        journal: Path | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> Generation:
         """One generation, to be entered as a context and iterated. `policy` may be a partition or its text;
         `choose` replaces sampling, where the head is on the device.
 
         `called` is the policy's name in the record; `limits` what it must respect, `tools` what it may use (None:
-        what loses nothing).
+        what loses nothing). `rules` say how long a lost worker is waited for and tried again; `journal` is a file that
+        another process can go on from, with `options` for it.
 
         Raises UserError now; entering it raises what opening the session meets.
         """
@@ -119,13 +137,63 @@ class Edge:
         stops = self.machine.checkpoint.stop_ids if stop_ids is None else stop_ids
         request = Request(len(ids), max_new_tokens, frozenset(stops), sampling or GREEDY, loss or NO_LOSS)
         request.check(spec.max_context)
+        entry = Entry(
+            session=uuid.uuid4().hex,  # whoever knows it may join, so it is not short
+            fingerprint=self.machine.checkpoint.fingerprint,
+            protocol=PROTOCOL_VERSION,
+            prompt=tuple(ids),
+            max_new_tokens=max_new_tokens,
+            stop_ids=tuple(sorted(request.stop_ids)),
+            sampling=request.sampling,
+            loss=request.loss,
+            dtype=self.machine.dtype,
+            weights=self.machine.weights,
+            options=dict(options or {}),
+        )
+        kept = Boundaries(spec.d_model, KEPT_BYTES)
+        memory = Journal.create(journal, entry, kept) if journal else Journal(entry, kept)
+        return Generation(
+            self._device,
+            memory,
+            self._policy(policy),
+            request,
+            choose,
+            called=called,
+            limits=limits,
+            tools=tools,
+            rules=rules,
+        )
+
+    def resume(
+        self,
+        path: Path,
+        policy: Policy | Decision | Partition | str = "all:edge",
+        *,
+        called: str = "",
+        limits: Limits = UNLIMITED,
+        tools: Tools | None = None,
+        rules: RecoveryRules | None = None,
+    ) -> Generation:
+        """Go on with the session of a journal whose process has died, in the same file; workers that still know it
+        go on with what they hold. Raises JournalError, UserError."""
+        saved = read_journal(path)
+        check(saved, self.machine.checkpoint.fingerprint, PROTOCOL_VERSION)
+        entry = saved.entry
+        request = Request(
+            len(entry.prompt), entry.max_new_tokens, frozenset(entry.stop_ids), entry.sampling, entry.loss
+        )
+        journal = Journal.continue_from(saved, path, Boundaries(self.machine.spec.d_model, KEPT_BYTES))
+        return Generation(
+            self._device, journal, self._policy(policy), request, None, called=called, limits=limits, tools=tools,
+            rules=rules,
+        )  # fmt: skip
+
+    def _policy(self, policy: Policy | Decision | Partition | str) -> Policy:
         if isinstance(policy, str):
             policy = self.partition(policy)
         if isinstance(policy, Partition):
             policy = Decision(policy)
-        if isinstance(policy, Decision):
-            policy = Always(policy)
-        return Generation(self._device, ids, policy, request, choose, called=called, limits=limits, tools=tools)
+        return Always(policy) if isinstance(policy, Decision) else policy
 
 
 async def _nowhere(name: str) -> Link:
@@ -141,11 +209,15 @@ class LinkTo:
         *,
         tls: TlsFiles | None = None,
         shapes: Mapping[str, LinkShape] | None = None,
+        faults: Mapping[str, Sequence[Injection]] | None = None,
     ) -> None:
         self.addresses, self._tls, self._shapes = dict(addresses), tls, dict(shapes or {})
-        unknown = set(self._shapes) - set(self.addresses)
+        unknown = ({*self._shapes} | {*(faults or {})}) - set(self.addresses)
         if unknown:
-            raise RequestError(f"a link shape was given for {min(unknown)!r}, which is no machine of this call")
+            raise RequestError(f"a link was described to {min(unknown)!r}, which is no machine of this call")
+        self._clocks: dict[str, LinkClock] = {}
+        """One per shaped link: its trace and its outages go on while it is made anew."""
+        self._faults = FaultyConnect(self._dial, {name: Faults(one) for name, one in (faults or {}).items()})
 
     @property
     def rates(self) -> dict[str, Rates]:
@@ -153,8 +225,20 @@ class LinkTo:
         return {name: Rates.of_shape(shape) for name, shape in self._shapes.items()}
 
     async def __call__(self, name: str) -> Link:
+        return await self._faults(name) if self._faults.faults else await self._dial(name)
+
+    async def _dial(self, name: str) -> Link:
         link = await dial(self.addresses[name], name=name, tls=self._tls)
-        return ShapedLink(link, self._shapes[name]) if name in self._shapes else link
+        if name not in self._shapes:
+            return link
+        if name not in self._clocks:
+            self._clocks[name] = LinkClock()
+        return ShapedLink(link, self._shapes[name], self._clocks[name])
+
+    def close(self) -> None:
+        """End the clocks of shaped links."""
+        for clock in self._clocks.values():
+            clock.close()
 
 
 def edge_with(

@@ -37,6 +37,10 @@ class Greeted:
     figures: DeviceSpec | None
     rtt_s: float
 
+    def again(self, other: Greeted) -> Greeted:
+        """The same worker greeted later, with fewer echoes: the figures are new, the RTT is not."""
+        return Greeted(other.welcome, other.figures, self.rtt_s)
+
 
 async def greet(link: Link, fingerprint: str, echoes: int = 0) -> Greeted:
     """Say hello to a worker that should hold this model, and time some echoes. Raises PeerError."""
@@ -58,7 +62,7 @@ async def greet(link: Link, fingerprint: str, echoes: int = 0) -> Greeted:
         raise ProtocolError(f"{link.peer} computes in unknown formats {welcome.dtype}, {welcome.weights}")
     figures = _figures(welcome, link.peer)
     link.max_frame_bytes = min(link.max_frame_bytes, welcome.max_frame_bytes)
-    while len(times) <= echoes and sum(times[1:]) < ECHOING_S:
+    while len(times) <= echoes and sum(times) < ECHOING_S:
         start = time.monotonic()
         await link.send(pack(Ping(0)))
         await answer(link, Pong)
@@ -98,4 +102,4 @@ def unexpected(link: Link, header: Header | None, wanted: type) -> SplitwiseErro
     kind = getattr(errors, header.error, None)
     if isinstance(kind, type) and issubclass(kind, UserError | PeerMismatch):
         return kind(f"{link.peer}: {header.message}")
-    return WorkerFailed(f"{link.peer} ended the session: {header.message}")
+    return WorkerFailed(f"{link.peer} ended the session: {header.message}", header.retry_after_s)

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from statistics import median
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from splitwise_llm import cost
+from splitwise_llm.cost.emulation import emulation_warning
 from splitwise_llm.engine.memory import available_memory_bytes, reset_peak_memory
+from splitwise_llm.engine.meters import the_meter
+from splitwise_llm.engine.telemetry import StepClock
 from splitwise_llm.errors import MemoryTooSmall, RequestError
 from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.model.share import Share
@@ -25,6 +31,8 @@ from splitwise_llm.spec import DeviceSpec, Dtype, ModelSpec, Weights
 from splitwise_llm.units import show_bytes
 
 T = TypeVar("T")
+READYING_S = 0.02
+"""Between two pieces that are loaded beside decoding: each holds up a token or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,16 @@ class Computed(Generic[T]):
     value: T
     start_s: float
     stop_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """What a share holds: slices, and caches for so many positions; those that shares of one owner have in common are
+    the same."""
+
+    need: Need
+    capacity: int
+    owner: object
 
 
 def need_of(partition: Partition, machine: int) -> Need:
@@ -71,9 +89,14 @@ class Machine:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._memory_limit = memory_bytes
         self._resident = Resident(checkpoint, dtype, weights, self.device)
-        self._open: dict[object, tuple[Need, int]] = {}
-        """What each open session needs: slices, and bytes of cache."""
+        self._open: dict[object, _Open] = {}
+        """By key, what each open share holds."""
         self._pending: set[Future[Any]] = set()
+        self._since_s, self._busy_s = time.monotonic(), 0.0
+        self._short: deque[float] = deque(maxlen=200)
+        """By how much this machine was slower than the one it plays."""
+        self.clock = StepClock()
+        """How long steps take here; told by those who know what a step is."""
         torch.set_num_threads(threads)
         # One thread: sessions queue for the processor instead of fighting over it, and the event loop stays free.
         self._executor = ThreadPoolExecutor(1, "compute", initializer=torch.set_num_threads, initargs=(threads,))
@@ -100,6 +123,24 @@ class Machine:
         return self.emulate.name if isinstance(self.emulate, DeviceSpec) else f"{self.emulate:g}x slower"
 
     @property
+    def emulation_warning(self) -> str:
+        """What to say when it cannot keep up with the device it plays; empty otherwise."""
+        if not isinstance(self.emulate, DeviceSpec) or not self._short:
+            return ""
+        return emulation_warning(self.emulate.name, median(self._short))
+
+    @property
+    def joules(self) -> tuple[float | None, str]:
+        """What this process has drawn since some moment and who says so: a meter (of the whole machine), or its figures
+        and the time it computed; None where neither is there."""
+        if (meter := the_meter()) is not None:
+            return meter.joules(), meter.name
+        if self.figures is None or not (self.figures.decode_w or self.figures.idle_w):
+            return None, ""
+        idle_s = time.monotonic() - self._since_s - self._busy_s
+        return self.figures.decode_w * self._busy_s + self.figures.idle_w * max(idle_s, 0.0), "modelled"
+
+    @property
     def figures(self) -> DeviceSpec | None:
         """What this machine can do, before `stretch`; None where nobody has measured it."""
         return self.emulate if isinstance(self.emulate, DeviceSpec) else self.profile
@@ -118,31 +159,51 @@ class Machine:
             return int(self.emulate.memory_bytes)
         return available_memory_bytes() + int(sum(self._held(list(self._open.values()))))
 
-    def _held(self, sessions: Sequence[tuple[Need, int]]) -> tuple[float, int]:
-        """Bytes of weights (slices that sessions share count once) and of caches."""
-        pieces = {piece for need, _ in sessions for piece in need.units}
-        embed, head = any(need.embed for need, _ in sessions), any(need.head for need, _ in sessions)
-        weights = cost.weight_bytes(self.spec, pieces, embed, head, self.dtype, self.weights)
-        return weights, sum(cache for _, cache in sessions)
+    @property
+    def free_bytes(self) -> int:
+        """Memory that no open share takes."""
+        return max(self.memory_bytes - int(sum(self._held(list(self._open.values())))), 0)
 
-    def _check_fits(self, name: str, wanted: tuple[Need, int]) -> None:
-        """Raise MemoryTooSmall, with the sizes, unless one more session fits beside the open ones."""
+    @property
+    def queue_s(self) -> float:
+        """Seconds of work that waits for the compute thread, taken for decode steps."""
+        return self.clock.queue_s([1] * len(self._pending))
+
+    def _held(self, shares: Sequence[_Open]) -> tuple[float, int]:
+        """Bytes of weights (slices that shares have in common count once) and of caches."""
+        pieces = {piece for one in shares for piece in one.need.units}
+        embed, head = any(one.need.embed for one in shares), any(one.need.head for one in shares)
+        weights = cost.weight_bytes(self.spec, pieces, embed, head, self.dtype, self.weights)
+        caches = {
+            (one.owner, half, units): one.capacity * self.spec.kv_bytes_per_position(len(units), self.dtype)
+            for one in shares
+            for half, units in one.need.units
+            if half % 2 == 0
+        }
+        return weights, sum(caches.values())
+
+    def _check_fits(self, name: str, wanted: _Open) -> None:
+        """Raise MemoryTooSmall, with the sizes, unless one more share fits beside the open ones."""
         weights, cache = self._held([*self._open.values(), wanted])
         if weights + cache > self.memory_bytes:
-            others = f" together with {len(self._open)} open sessions" if self._open else ""
+            count = len({one.owner for one in self._open.values()} - {wanted.owner})
+            others = f" together with {count} other sessions" if count else ""
             raise MemoryTooSmall(
                 f"{name} would hold {show_bytes(weights)} of weights ({self.dtype}, {self.weights}) and "
                 f"{show_bytes(cache)} of cache{others}, and has {show_bytes(self.memory_bytes)}; give it fewer layers, "
                 "or start it with --weights int8 or int4"
             )
 
-    async def open_share(self, key: object, name: str, partition: Partition, number: int, capacity: int) -> Share:
-        """Load what machine `number` needs (once) and make a session's share of it; `release` it by its key.
+    async def open_share(
+        self, key: object, name: str, partition: Partition, number: int, capacity: int, owner: object = None
+    ) -> Share:
+        """Load what machine `number` needs (once) and make a session's share of it; `release` it by its key. Another
+        share of the same `owner` may take over its caches.
 
-        Slices that no open session needs are forgotten first. Raises MemoryTooSmall before loading, ModelError.
+        Slices that no open share needs are forgotten first. Raises MemoryTooSmall before loading, ModelError.
         """
         need = need_of(partition, number)
-        wanted = (need, cost.assigned_kv_bytes(self.spec, partition, number, self.dtype, capacity))
+        wanted = _Open(need, capacity, owner or key)
         self._check_fits(name, wanted)
         self._open[key] = wanted
         try:
@@ -151,16 +212,39 @@ class Machine:
             self.release(key)
             raise
 
+    async def keep_ready(self, key: object, partition: Partition, number: int) -> None:
+        """Load what machine `number` would need, piece by piece and slowly, beside whatever is computed; `release` it
+        by its key. Raises MemoryTooSmall, ModelError."""
+        need = need_of(partition, number)
+        self._check_fits("", _Open(need, 0, key))
+        self._open[key] = _Open(need, 0, key)
+        for unit in need.units:
+            await asyncio.sleep(READYING_S)
+            await self.compute(partial(self._resident.load, Need((unit,), embed=False, head=False)))
+        await self.compute(lambda: self._resident.load(need))
+
+    def fits(self, partition: Partition, number: int, capacity: int, owner: object = None) -> bool:
+        """Whether a share (of an owner) would fit beside the open ones."""
+        try:
+            self._check_fits("", _Open(need_of(partition, number), capacity, owner or object()))
+        except MemoryTooSmall:
+            return False
+        return True
+
     def _load(self, need: Need, capacity: int) -> Share:
-        self._resident.keep_only(need for need, _ in list(self._open.values()))
+        self._resident.keep_only(one.need for one in list(self._open.values()))
         if len(self._open) == 1:
             reset_peak_memory()
         self._resident.load(need)
         return Share(self._resident, need, capacity)
 
     def release(self, key: object) -> None:
-        """The session is over; its slices stay until the next session opens, in case it needs them."""
+        """The share is over; its slices stay until the next one opens, in case it needs them."""
         self._open.pop(key, None)
+
+    async def settle(self) -> None:
+        """Return when what was handed in so far is computed, even for someone who no longer waits."""
+        await self.compute(lambda: None)
 
     async def compute(
         self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None = None, here: bool = False
@@ -190,5 +274,9 @@ class Machine:
         if self.emulate is not None and predicted is not None:
             took = time.monotonic() - start
             due = predicted(self.emulate) if isinstance(self.emulate, DeviceSpec) else took * self.emulate
+            if due > 0:
+                self._short.append(took / due)
             time.sleep(max(0.0, due - took))
-        return Computed(result, start, time.monotonic())
+        stop = time.monotonic()
+        self._busy_s += stop - start
+        return Computed(result, start, stop)

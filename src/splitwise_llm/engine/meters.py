@@ -1,4 +1,4 @@
-"""Joules, where the machine has something that counts them: RAPL, NVIDIA's own, an INA3221 on a Jetson.
+"""Joules, where the machine has something that counts them: RAPL, NVIDIA's own, an INA3221 on a Jetson; its battery.
 
 A meter says how much energy was drawn since some moment; it does not know what for. Where there is none, nobody
 makes a figure up.
@@ -12,10 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 POWERCAP, HWMON = Path("/sys/class/powercap"), Path("/sys/class/hwmon")
+POWER_SUPPLY = Path("/sys/class/power_supply")
 SAMPLE_S = 0.1
 NO_METER = "no meter: energy figures stay assumed"
 
@@ -102,6 +104,21 @@ def find_meter(powercap: Path = POWERCAP, hwmon: Path = HWMON) -> Meter | None:
     return None
 
 
+def battery_share(supplies: Path = POWER_SUPPLY) -> float | None:
+    """How full the machine's batteries are, 0 to 1, the emptiest counts; None where there is none. Batteries of
+    devices that are attached to it (scope `Device`: a mouse, say) do not count."""
+    shares = []
+    for supply in sorted(supplies.glob("*")):
+        with suppress(OSError, ValueError):
+            scope = supply / "scope"
+            if (supply / "type").read_text().strip() != "Battery":
+                continue
+            if scope.exists() and scope.read_text().strip() == "Device":
+                continue
+            shares.append(min(max(int((supply / "capacity").read_text()) / 100, 0.0), 1.0))
+    return min(shares, default=None)
+
+
 def _channels(chip: Path) -> list[tuple[Path, Path]]:
     """Voltage (mV) and current (mA) of every channel; a Jetson's first is the whole module's input."""
     pairs = ((chip / f"in{n}_input", chip / f"curr{n}_input") for n in (1, 2, 3))
@@ -118,3 +135,9 @@ def _nvidia_watts() -> float:
     command = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
     return sum(float(line) for line in said.stdout.split())
+
+
+@cache
+def the_meter() -> Meter | None:
+    """This machine's meter, found once per process; it may start a thread of its own."""
+    return find_meter()

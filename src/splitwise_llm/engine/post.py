@@ -1,6 +1,8 @@
-"""A machine's letter box in one session: sends moves, receives them in any order, relays for others, counts.
+"""A machine's letter boxes in one session, one for each run: sending moves, receiving them in any order, relaying,
+counting.
 
-Nothing arrives here that the plan does not call for; it does not know what the numbers mean.
+Nothing gets into a box that its run's plan does not call for, and nothing twice: what is late, or was repeated on its
+way, is dropped. It does not know what the numbers mean.
 """
 
 from __future__ import annotations
@@ -8,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from splitwise_llm.errors import LinkDied, ProtocolError, RequestError, SplitwiseError
 from splitwise_llm.plan import DEVICE, Crossings, Kind, Move, Plan, Step, crossings
 from splitwise_llm.wire.link import Link
-from splitwise_llm.wire.messages import Data, Header, pack, unpack
+from splitwise_llm.wire.messages import Data, pack
 
 _Key = tuple[int, int, str, int]
 IDS = "ids"
@@ -32,33 +34,56 @@ class _Form:
     """From which neighbour it may come, and to whom it goes on; None: it stays."""
 
 
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a run is: its number, the ids there are, how many of them are cached, and how many tokens may follow
+    (0: a fill)."""
+
+    run: int
+    start: int
+    known: int
+    tokens: int
+
+
+Keep = Callable[[Move, Step, bytes | memoryview], None]
+"""Told of a residual stream, as it crosses."""
+
+
+def _keep_nothing(move: Move, step: Step, payload: bytes | memoryview) -> None: ...
+
+
 class Post:
-    """Moves in and out of machine `me`. `links` leads to every machine this one can reach by itself."""
+    """Moves of one run in and out of machine `me`. `links` leads to every machine this one can reach by itself, and
+    may change."""
 
     def __init__(
         self,
         me: int,
         plan: Plan,
-        links: dict[int, Link],
+        extent: Extent,
+        links: Mapping[int, Link],
         names: Sequence[str],
-        prompt_tokens: int,
-        max_new_tokens: int,
     ) -> None:
-        self.me, self.plan, self.links, self._names = me, plan, links, names
+        self.me, self.plan, self.extent, self.links, self._names = me, plan, extent, links, names
+        self.keep: Keep = _keep_nothing
+        """Told of residual streams that are passed on here."""
         relays = me == DEVICE and any(len(plan.legs(move.src, move.dst)) > 1 for move in plan.moves)
         self.may_block = not relays and not any(link.lives_on_loop for link in links.values())
         """Whether nothing stands still while this machine's event loop does: no relay, no link that lives on it."""
-        self._prompt_tokens = prompt_tokens
-        self._num_steps = plan.num_steps(prompt_tokens, max_new_tokens)
+        self._num_steps = plan.num_steps(extent.known, extent.tokens, extent.start)
         self._forms = {(move.after, move.kind.value, move.src, move.dst): self._form(move) for move in plan.moves}
         self._arrived: dict[_Key, tuple[Data, memoryview]] = {}
         self._awaited: dict[_Key, asyncio.Future[tuple[Data, memoryview]]] = {}
-        self._seen: set[_Key] = set()
+        self._seen: set[tuple[int, int, str, int, int]] = set()
         self._failure: SplitwiseError | None = None
         self._counts: Counter[tuple[int, Kind, int, int]] = Counter()
         self._sizes: Counter[tuple[int, Kind, int, int]] = Counter()
         self.frame_bytes = 0
         self.last_active_s = time.monotonic()
+
+    def step(self, index: int) -> Step:
+        """Step number `index` of this run."""
+        return self.plan.step(index, self.extent.known, self.extent.start)
 
     def _form(self, move: Move) -> _Form:
         activations = move.kind in (Kind.RESIDUAL, Kind.PARTIAL)
@@ -78,8 +103,9 @@ class Post:
         form = self._forms[move.after, move.kind.value, move.src, move.dst]
         rows = self.plan.rows(move, step)
         header = Data(
-            step.index, move.after, move.kind.value, move.src, move.dst, depth, form.dtype, rows, form.columns
-        )
+            self.extent.run, step.index, move.after, move.kind.value, move.src, move.dst, depth, form.dtype, rows,
+            form.columns,
+        )  # fmt: skip
         await self._send(form.first_hop, move, pack(header, payload), len(payload))
 
     async def _send(self, hop: int, move: Move, frame: bytes, payload_bytes: int) -> None:
@@ -88,6 +114,8 @@ class Post:
         self._sizes[key] += payload_bytes
         self.frame_bytes += len(frame)
         self.last_active_s = time.monotonic()
+        if hop not in self.links:
+            raise self._lost(hop, LinkDied("there is no link to it"))
         try:
             await self.links[hop].send(frame)
         except LinkDied as error:
@@ -107,29 +135,11 @@ class Post:
         header, payload = found
         return payload, header.depth + len(self.plan.legs(move.src, move.dst))
 
-    async def pump(self, peer: int) -> tuple[Header, memoryview] | None:
-        """Take frames off the link to `peer` until one is not data, and return that (None: the link was closed).
-
-        Raises ProtocolError for data that the plan does not call for, LinkDied.
-        """
-        link = self.links[peer]
-        while (frame := await self._next(link, peer)) is not None:
-            header, payload = unpack(frame)
-            if not isinstance(header, Data):
-                return header, payload
-            await self._accept(header, payload, frame, peer)
-        return None
-
-    async def _next(self, link: Link, peer: int) -> bytes | None:
-        try:
-            return await link.receive()
-        except LinkDied as error:
-            raise self._lost(peer, error) from error
-
     def _lost(self, peer: int, error: LinkDied) -> LinkDied:
         return LinkDied(f"{self._names[peer]} was lost in mid-generation: {error}")
 
-    async def _accept(self, header: Data, payload: memoryview, frame: bytes, peer: int) -> None:
+    async def accept(self, header: Data, payload: memoryview, frame: bytes, peer: int) -> None:
+        """Take in, or relay, what came from a peer. Raises ProtocolError for what the plan does not call for."""
         self.last_active_s = time.monotonic()
         form = self._forms.get((header.after, header.kind, header.src, header.dst))
         if form is None or header.step >= self._num_steps:
@@ -137,7 +147,8 @@ class Post:
         if peer not in form.onward:
             raise ProtocolError(f"{_what(header)}: it does not come by way of machine {peer}")
         move, hop = form.move, form.onward[peer]
-        rows = self.plan.rows(move, self.plan.step(header.step, self._prompt_tokens))
+        step = self.step(header.step)
+        rows = self.plan.rows(move, step)
         if rows == 0 or (header.dtype, header.rows, header.columns) != (form.dtype, rows, form.columns):
             raise ProtocolError(
                 f"{_what(header)}: got {header.dtype} ({header.rows}, {header.columns}), "
@@ -146,16 +157,18 @@ class Post:
         size = self.plan.payload_bytes(move, rows)
         if len(payload) != size:
             raise ProtocolError(f"{_what(header)}: got {len(payload)} bytes, expected {size}")
+        key = (header.step, header.after, header.kind, header.src, header.dst)
+        if key in self._seen:
+            return  # it came twice
+        self._seen.add(key)
         if hop is None:
             self._deliver(header, payload)
         else:
+            self.keep(move, step, payload)
             await self._send(hop, move, frame, size)
 
     def _deliver(self, header: Data, payload: memoryview) -> None:
         key = (header.step, header.after, header.kind, header.src)
-        if key in self._seen:
-            raise ProtocolError(f"{_what(header)}: it came twice")
-        self._seen.add(key)
         future = self._awaited.pop(key, None)
         if future is None:
             self._arrived[key] = (header, payload)
@@ -174,3 +187,50 @@ class Post:
 
 def _what(header: Data) -> str:
     return f"{header.kind} after stage {header.after} of step {header.step} from machine {header.src}"
+
+
+MAX_EARLY_FRAMES = 4096
+
+
+class Office:
+    """The boxes of a session on one machine, by the number of the run."""
+
+    def __init__(self) -> None:
+        self._boxes: dict[int, Post] = {}
+        self._latest = -1
+        self._early: dict[int, list[tuple[Data, memoryview, bytes, int]]] = {}
+        self.late = 0
+        """Frames of runs that were over."""
+
+    async def open(self, post: Post) -> None:
+        """The box of a run, with what came before it was there. Raises ProtocolError, LinkDied."""
+        run = post.extent.run
+        self._boxes[run] = post
+        self._latest = max(self._latest, run)
+        for one in self._early.pop(run, []):
+            await post.accept(*one)
+        for number in [number for number in self._early if number < run]:
+            self.late += len(self._early.pop(number))
+
+    def close(self, run: int) -> None:
+        """What still comes for this run is late."""
+        self._boxes.pop(run, None)
+
+    async def accept(self, header: Data, payload: memoryview, frame: bytes, peer: int) -> None:
+        """Into its box; what comes before its box is there waits. Raises ProtocolError, LinkDied."""
+        box = self._boxes.get(header.run)
+        if box is not None:
+            await box.accept(header, payload, frame, peer)
+        elif header.run <= self._latest:
+            self.late += 1
+        else:  # from a machine that was told of the run before this one
+            waiting = self._early.setdefault(header.run, [])
+            if sum(map(len, self._early.values())) >= MAX_EARLY_FRAMES:
+                raise ProtocolError(f"{MAX_EARLY_FRAMES} frames came for runs that were not begun")
+            waiting.append((header, payload, frame, peer))
+
+    def fail(self, error: SplitwiseError, run: int | None = None) -> None:
+        """End every wait in every box, or in that of one run."""
+        for number, box in self._boxes.items():
+            if run in (None, number):
+                box.fail(error)

@@ -15,6 +15,7 @@ from splitwise_llm.spec import LinkSpec
 from splitwise_llm.wire import messages
 from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.messages import Hello, Ping, Pong, Welcome, pack, unpack
+from splitwise_llm.wire.sequence import Sequenced
 
 ECHOES = 15
 LONG_ENOUGH_S = 0.2
@@ -38,6 +39,7 @@ class Probe:
 
 async def probe(link: Link, fingerprint: str) -> Probe:
     """Measure a freshly opened link to a worker that holds this model. Raises PeerError."""
+    link = Sequenced(link)  # as the worker's end is
     await link.send(pack(Hello(messages.PROTOCOL_VERSION, fingerprint)))
     welcome = await _said(link)
     if not isinstance(welcome, Welcome):

@@ -5,17 +5,19 @@ It sends nothing: it reads what greetings said. It does not know how decisions a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from splitwise_llm.cost import UNLIMITED, Host, Limits, Load, World
 from splitwise_llm.decision import WirePrecision
 from splitwise_llm.engine.greeting import Greeted
 from splitwise_llm.engine.machine import Machine
+from splitwise_llm.engine.telemetry import Advert, LinkFigures
 from splitwise_llm.engine.walk import Request
 from splitwise_llm.errors import SpecError
-from splitwise_llm.observation import EVERYTHING, MachineView, Observation, Tools, usable_bytes
+from splitwise_llm.observation import EVERYTHING, Ages, MachineView, Observation, Tools, usable_bytes
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.records import LinkRecord
 from splitwise_llm.spec import DeviceSpec, Dtype, LinkSpec, Weights
@@ -79,6 +81,12 @@ class Survey:
     rates: Mapping[Pair, Rates]
     direct: frozenset[Pair] = frozenset()
     """First < second."""
+    figures: Mapping[int, LinkFigures] = field(default_factory=dict)
+    """Of links to workers, where they are measured as they are used."""
+    adverts: Mapping[int, Advert] = field(default_factory=dict)
+    """What workers said of themselves last."""
+    joined: frozenset[int] = frozenset()
+    """Workers at which this session is open, and so among those that they count."""
 
     def observe(self, request: Request, limits: Limits = UNLIMITED, tools: Tools | None = None) -> Observation:
         """What a policy is shown. Without `tools`: what loses nothing. `world` is None unless every machine that
@@ -88,28 +96,44 @@ class Survey:
         every session may be computing.
         """
         missing = frozenset(range(1, len(self.names))) - set(self.greeted)
-        loads = {n: 1.0 + one.welcome.sessions for n, one in self.greeted.items() if one.welcome.sessions}
+        others = {n: self._others(n) for n in self.greeted}
+        loads = {n: 1.0 + count for n, count in others.items() if count}
         return Observation(
             self.machine.spec,
             tuple(self._view(number) for number in range(len(self.names))),
             request.prompt_tokens,
             request.max_new_tokens,
             world=self._world(),
-            loads={number: Load(slow=others, batch=others) for number, others in loads.items()},
+            loads={number: Load(slow=slow, batch=slow) for number, slow in loads.items()},
             limits=replace(limits, unreachable=limits.unreachable | missing),
             tools=tools or Tools((self._lossless(),), EVERYTHING.chunks),
+            cautious=self._world(cautious=True) if self.figures else None,
+            ages_s={(DEVICE, n): Ages(one.rtt_age_s, one.up_age_s, one.down_age_s) for n, one in self.figures.items()},
         )
+
+    def _others(self, number: int) -> int:
+        """Sessions of others at a worker."""
+        advert = self.adverts.get(number)
+        if advert is None:
+            return self.greeted[number].welcome.sessions
+        return max(advert.sessions - (number in self.joined), 0)
 
     def links(self, world: World) -> tuple[LinkRecord, ...]:
         """The links of what was observed, for a record."""
         return tuple(
             LinkRecord(
                 self.names[a], self.names[b], link.rtt_s, link.up_bytes_per_s, link.down_bytes_per_s,
-                self.rates.get((a, b), ASSUMED).source,
+                self._source((a, b)),
             )
             for (a, b), link in world.links.items()
             if {a, b} <= {DEVICE, *self.greeted}
         )  # fmt: skip
+
+    def _source(self, pair: Pair) -> str:
+        figures = self.figures.get(pair[1]) if pair[0] == DEVICE else None
+        if figures is not None and math.isfinite(max(figures.up_age_s, figures.down_age_s)):
+            return "measured"
+        return self.rates.get(pair, ASSUMED).source
 
     def _view(self, number: int) -> MachineView:
         name, machine = self.names[number], self.machine
@@ -127,12 +151,14 @@ class Survey:
         formats = {self.machine.dtype, *(Dtype(one.welcome.dtype) for one in self.greeted.values())}
         return LOSSLESS[formats.pop()] if len(formats) == 1 else WirePrecision.FP32
 
-    def _world(self) -> World | None:
+    def _world(self, cautious: bool = False) -> World | None:
         hosts = tuple(self._host(number) for number in range(len(self.names)))
         known = tuple(host for host in hosts if host is not None)
         if len(known) < len(hosts):
             return None
         links = {(DEVICE, number): self._link((DEVICE, number), self._rtt_s(number)) for number in range(1, len(hosts))}
+        for number, one in self.figures.items():
+            links[DEVICE, number] = one.pessimistic if cautious else one.fast
         for a, b in sorted(self.direct):
             links[a, b] = self._link((a, b), max(self._rtt_s(a), self._rtt_s(b)))
         return World(self.machine.spec, known, links)

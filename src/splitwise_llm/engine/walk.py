@@ -16,9 +16,10 @@ from torch import Tensor
 
 from splitwise_llm import cost
 from splitwise_llm.cost import Host
+from splitwise_llm.engine.boundaries import Boundaries
 from splitwise_llm.engine.machine import Machine, T
 from splitwise_llm.engine.post import Post
-from splitwise_llm.errors import ProtocolError, RequestError
+from splitwise_llm.errors import BrokenInvariant, ProtocolError, RequestError, WorkerFailed
 from splitwise_llm.model.sampling import Sampling, sample
 from splitwise_llm.model.share import Positions, Share
 from splitwise_llm.plan import DEVICE, Kind, Move, Plan, Serial, Shared, Stage, Step
@@ -33,7 +34,7 @@ NO_LOSS = ElementLoss()
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What every machine of a session is told besides the decision."""
+    """What every machine of a session is told besides the decisions."""
 
     prompt_tokens: int
     max_new_tokens: int
@@ -132,20 +133,24 @@ class _Pass:
 
 @dataclass(slots=True)
 class Walker:
-    """Machine `post.me` in one session."""
+    """Machine `post.me` in one run. `request.prompt_tokens` are the ids there were at the session's start."""
 
     plan: Plan
     request: Request
     share: Share
     machine: Machine
     post: Post
-    prompt: Sequence[int] = ()
-    """The ids; only the device has them."""
+    ids: Sequence[int] = ()
+    """All there are; only the device has them."""
+    kept: Boundaries | None = None
+    """Where residual streams are kept as they cross."""
     on_token: OnToken | None = None
     """Called on the device for each token, in order."""
     choose: Choose | None = None
     """Replaces sampling where the head is on this machine."""
     intervals: list[Interval] = field(default_factory=list)
+    halting: bool = False
+    """Whether to end at the next token."""
     me: int = field(init=False)
     _stops: tuple[_Stop, ...] = field(init=False)
     _entering: tuple[Move, ...] = field(init=False)
@@ -162,27 +167,39 @@ class Walker:
         self._never_waits = not any(move.dst == self.me and move.kind is not Kind.PROMPT for move in mine)
 
     async def run(self) -> None:
-        """Prefill and decode until the last token; a machine that never sees tokens waits to be cancelled.
+        """Prefill and decode until the last token, or the next one once it is to halt; a machine that never sees
+        tokens waits to be cancelled.
 
         Raises PeerError when another machine or a link fails.
         """
+        extent = self.post.extent
         token = await self._prefill()
-        first = self.plan.decision.num_chunks(self.request.prompt_tokens) - 1
-        for number in range(self.request.max_new_tokens):
-            step = self.plan.step(first + number, self.request.prompt_tokens)
+        first = self.plan.decision.num_chunks(extent.known - extent.start) - 1
+        for number in range(extent.tokens):
+            step = self.post.step(first + number)
             if number:
                 token = await self._walk(_Pass(step, {}, {}), token)
             token = await self._hand_over(step, token)
-            if token and token.id in self.request.stop_ids:
+            if self.halting or (token and token.id in self.request.stop_ids):
                 return
+
+    async def fill(self) -> None:
+        """Walk an excerpt, for the caches' sake. Raises PeerError."""
+        await self._prefill()
+
+    @property
+    def makes_tokens_alone(self) -> bool:
+        """Whether the token loop runs here without the device."""
+        return self.me != DEVICE and self.plan.embed == self.plan.head == self.me
 
     async def _prefill(self) -> Sampled | None:
         """All chunks, each stage in order but several stages at once. The token if the head is here."""
+        extent = self.post.extent
         walks: list[Awaitable[Sampled | None]] = []
         before: dict[int, asyncio.Event] = {}
-        for index in range(self.plan.decision.num_chunks(self.request.prompt_tokens)):
+        for index in range(self.plan.decision.num_chunks(extent.known - extent.start)):
             done = {stop.index: asyncio.Event() for stop in self._stops if not stop.only_if_emits}
-            walks.append(self._walk(_Pass(self.plan.step(index, self.request.prompt_tokens), done, before), None))
+            walks.append(self._walk(_Pass(self.post.step(index), done, before), None))
             before = done
         tokens = await _all(walks)
         return tokens[-1]
@@ -211,6 +228,7 @@ class Walker:
             if stop.arrives:
                 payload, depth = await self.post.receive(stop.arrives, one.step)
                 one.depth = max(one.depth, depth)
+                self.keep(stop.arrives, one.step, payload)
                 one.pending = partial(self._decode, payload, self.plan.rows(stop.arrives, one.step))
             if stop.index in one.before:  # chunks pass a stage in order: its keys and values grow from the front
                 await one.before[stop.index].wait()
@@ -223,9 +241,9 @@ class Walker:
     async def _enter(self, one: _Pass, token: Sampled | None) -> None:
         """The ids of a step reach the embedding: a part of the prompt, or the last token."""
         step, depth = one.step, token.depth if token else 0
-        ids = (
-            list(self.prompt[step.start : step.start + step.count]) if step.is_prefill else [token.id] if token else []
-        )
+        ids = list(self.ids[step.start : step.start + step.count]) if step.is_prefill else [token.id] if token else []
+        if self.me == self.plan.feeder:
+            await self._feed(one)
         for move in self._entering:
             if not self.plan.rows(move, step):
                 continue
@@ -234,9 +252,31 @@ class Walker:
             else:
                 payload, depth = await self.post.receive(move, step)
                 ids = self._ids_in(payload)
-        if self.me == self.plan.embed:
+        if self.me == self.plan.embed and self.plan.feeder is None:
             one.depth = depth
             one.pending = lambda: self.share.embed(ids, self._at(one))
+
+    async def _feed(self, one: _Pass) -> None:
+        """The stream before an excerpt, as it was kept, goes to those who begin with it."""
+        step, wire = one.step, self.plan.decision.wire
+        if self.kept is None:
+            raise BrokenInvariant("a machine without memory is to feed an excerpt")
+        if not self.kept.covers(self.plan.first, step.start, step.start + step.count):
+            raise WorkerFailed(f"what went into half {self.plan.first} was dropped for want of room; try again without")
+        kept, payload = self.kept.take(self.plan.first, step.start, step.start + step.count)
+        if kept is not wire:  # kept in several precisions: fp32 holds them all
+            payload = codec.encode(codec.decode(payload, kept, step.count, self.plan.d_model).float(), wire)
+        for move in self.plan.moves_after(-1):
+            if move.kind is Kind.RESIDUAL:
+                await self.post.send(move, step, payload, one.depth)
+        one.pending = partial(self._decode, memoryview(payload), step.count)
+
+    def keep(self, move: Move, step: Step, payload: bytes | memoryview) -> None:
+        """Keep a residual stream that crossed, unless only a part of it did."""
+        if self.kept is not None and move.kind is Kind.RESIDUAL and not move.last_only and move.after >= 0:
+            stage = self.plan.stages[move.after]
+            half = stage.stop if isinstance(stage, Serial) else stage.half + 1
+            self.kept.put(half, step.start, step.count, self.plan.decision.wire, payload)
 
     async def _serial(self, one: _Pass, stop: _Stop, stage: Serial) -> Sampled | None:
         def work() -> tuple[Tensor, bytes, int | None]:
@@ -290,6 +330,7 @@ class Walker:
     async def _send_residual(self, one: _Pass, stop: _Stop, x: Tensor, payload: bytes) -> None:
         for move in stop.residuals_out:
             if self.plan.rows(move, one.step):
+                self.keep(move, one.step, payload)
                 await self.post.send(move, one.step, payload, one.depth)
         one.pending = lambda: x
 
@@ -350,7 +391,9 @@ class Walker:
         result = await machine.compute(work, predicted, here)
         if stop.index in one.done:
             one.done[stop.index].set()
-        self.intervals.append(Interval(stop.index, step.index, result.start_s, result.stop_s))
+        if not adding:
+            self.machine.clock.ran(step.count, result.stop_s - result.start_s)
+        self.intervals.append(Interval(stop.index, step.index, result.start_s, result.stop_s, self.post.extent.run))
         return result.value
 
 

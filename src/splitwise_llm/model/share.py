@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from splitwise_llm.errors import BrokenInvariant
+from splitwise_llm.errors import BrokenInvariant, ProtocolError
 from splitwise_llm.model.families import Activation, Norm
 from splitwise_llm.model.weights import (
     TORCH_DTYPE,
@@ -29,11 +29,29 @@ from splitwise_llm.model.weights import (
 
 @dataclass(slots=True)
 class KeyValues:
-    """Keys and values of some groups of one layer: (groups, capacity, head_dim), filled from the front."""
+    """Keys and values of some groups of one layer: (groups, capacity, head_dim), each filled from the front."""
 
+    groups: tuple[int, ...]
     keys: Tensor
     values: Tensor
-    filled: int = 0
+    filled: list[int]
+    """Positions, per group; while steps pass through, all the same."""
+
+    def cut(self, position: int) -> None:
+        """Forget positions from here on."""
+        self.filled = [min(filled, position) for filled in self.filled]
+
+    def put(self, group: int, keys: Tensor, values: Tensor, start: int) -> None:
+        """Positions from `start` on of one group, (positions, head_dim) each. Raises ProtocolError for a hole."""
+        row = self.groups.index(group)
+        stop = start + keys.shape[0]
+        if start > self.filled[row] or stop > self.keys.shape[1]:
+            raise ProtocolError(
+                f"keys and values of positions {start} to {stop} do not fit behind {self.filled[row]} of "
+                f"{self.keys.shape[1]}"
+            )
+        self.keys[row, start:stop], self.values[row, start:stop] = keys, values
+        self.filled[row] = max(self.filled[row], stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +88,62 @@ class Share:
                 self._attention[half] = resident.attention(half // 2, units)
                 shape = (len(units), capacity, spec.head_dim)
                 keys, values = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv")
-                self._cache[half] = KeyValues(keys, values)
+                self._cache[half] = KeyValues(units, keys, values, [0] * len(units))
         self._rotary: tuple[Tensor, Tensor] | None = None
         if self.architecture.rope and self._attention:
             cos, sin = self.architecture.rope.tables(spec.head_dim, capacity)
             self._rotary = tuple(t.to(self.dtype).to(self.device).unsqueeze(1) for t in (cos, sin))  # type: ignore[assignment]
+
+    # What is cached
+
+    @property
+    def held(self) -> tuple[tuple[int, tuple[int, ...], int], ...]:
+        """(half, groups, positions filled) of all groups; those of one half that differ, apart."""
+        found: list[tuple[int, tuple[int, ...], int]] = []
+        for half, cache in sorted(self._cache.items()):
+            for filled in sorted(set(cache.filled)):
+                groups = (group for group, f in zip(cache.groups, cache.filled, strict=True) if f == filled)
+                found.append((half, tuple(groups), filled))
+        return tuple(found)
+
+    def take_over(self, other: Share) -> None:
+        """Go on with what another share of the same session has cached: the tensors themselves where the groups of a
+        half are the same, copies of the rows where they are not and this share has fewer positions."""
+        for half, cache in self._cache.items():
+            theirs = other._cache.get(half)
+            if theirs is None or theirs is cache:
+                continue
+            if theirs.groups == cache.groups:
+                if sum(theirs.filled) >= sum(cache.filled):
+                    self._cache[half] = theirs
+                continue
+            for row, group in enumerate(theirs.groups):
+                if group in cache.groups and theirs.filled[row] > cache.filled[cache.groups.index(group)]:
+                    stop = theirs.filled[row]
+                    cache.put(group, theirs.keys[row, :stop], theirs.values[row, :stop], 0)
+
+    def cut(self, position: int, halves: range | None = None) -> None:
+        """Forget cached positions from here on, in some halves or all of them."""
+        for half, cache in self._cache.items():
+            if halves is None or half in halves:
+                cache.cut(position)
+
+    def rows(self, half: int, groups: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Cached keys and values, (groups, positions, head_dim) each. Raises ProtocolError for what is not there."""
+        cache = self._cache.get(half)
+        if cache is None or not set(groups) <= set(cache.groups):
+            raise ProtocolError(f"this machine holds no keys and values of groups {list(groups)} of half {half}")
+        numbers = [cache.groups.index(group) for group in groups]
+        if any(cache.filled[number] < stop for number in numbers) or start > stop:
+            raise ProtocolError(f"keys and values of half {half} end before position {stop}")
+        return cache.keys[numbers, start:stop], cache.values[numbers, start:stop]
+
+    def put(self, half: int, group: int, keys: Tensor, values: Tensor, start: int) -> None:
+        """Cache positions from `start` on of one group, (positions, head_dim) each. Raises ProtocolError."""
+        cache = self._cache.get(half)
+        if cache is None or group not in cache.groups:
+            raise ProtocolError(f"group {group} of half {half} has no place here")
+        cache.put(group, keys, values, start)
 
     def positions(self, start: int, count: int) -> Positions:
         """The step that adds `count` positions after the first `start`."""
@@ -138,11 +207,11 @@ class Share:
             rotated = F.rms_norm(rotated, (spec.head_dim,), None, self.architecture.norm_eps) * weights.qk_norm
         if at.cos is not None and at.sin is not None:
             rotated = torch.addcmul(rotated * at.cos, rotated.roll(spec.head_dim // 2, -1), at.sin)
-        if cache.filled != at.start:
+        if any(filled != at.start for filled in cache.filled):
             raise BrokenInvariant(f"keys and values end at {cache.filled}, the step starts at {at.start}")
         cache.keys[:, at.start : at.stop] = rotated[:, groups * ratio :].transpose(0, 1)
         cache.values[:, at.start : at.stop] = qkv[:, heads:].transpose(0, 1)
-        cache.filled = at.stop
+        cache.filled = [at.stop] * groups
         keys, values = cache.keys[:, : at.stop], cache.values[:, : at.stop]
         mixed = _attend(rotated[:, : groups * ratio], keys, values, ratio, at)
         return weights.o(mixed)

@@ -1,0 +1,295 @@
+"""Commands that answer a prompt, and go on with an answer whose process died: generate, resume."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from splitwise_llm.cli.options import (
+    DtypeOption,
+    Emulate,
+    JsonFile,
+    Memory,
+    Model,
+    Profile,
+    Threads,
+    Tls,
+    WeightsOption,
+    app,
+    machine_options,
+    note,
+    pairs,
+    read_prompt,
+    run,
+    two_names,
+    write_json,
+)
+from splitwise_llm.cost import UNLIMITED, Floor, Limits
+from splitwise_llm.decision import Decision, WirePrecision
+from splitwise_llm.errors import JournalError, RequestError
+from splitwise_llm.observation import EVERYTHING, Always, Policy, Tools
+from splitwise_llm.spec import Dtype, Weights, find_device
+
+if TYPE_CHECKING:
+    from splitwise_llm.engine.backoff import RecoveryRules
+    from splitwise_llm.engine.edge import Edge
+    from splitwise_llm.engine.generation import Generation
+    from splitwise_llm.records import RequestRecord
+
+QUIET_EVENTS = ("fill", "carry", "attempt")
+"""What is told only with --explain; the record has it all."""
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")],
+    model: Model = "bundled",
+    machine: Annotated[list[str] | None, typer.Option(help="A worker, as cloud=127.0.0.1:7070; repeatable.")] = None,
+    partition: Annotated[
+        str, typer.Option(help="As in 'edge[0:2] cloud[2:6] edge[6:8]'.", show_default="all:edge")
+    ] = "",
+    policy: Annotated[str, typer.Option(help="Who chooses instead, now and while tokens flow, as in drift.")] = "",
+    floor: Annotated[str, typer.Option(help="First and last layers that stay on the device, as in 2+2.")] = "",
+    allow_lossy: Annotated[bool, typer.Option(help="The policy may use int8 and int4 on the wire.")] = False,
+    explain: Annotated[bool, typer.Option(help="Say what is chosen, each time, with its price.")] = False,
+    wire: Annotated[WirePrecision | None, typer.Option(help="Activations on the wire.", show_default="fp32")] = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=0, help="Prompt positions per prefill chunk; 0: all at once.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1: all.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
+    loss: Annotated[float, typer.Option(help="Probability that an element is lost on the wire.")] = 0.0,
+    link: Annotated[list[str] | None, typer.Option(help="Shape a link, as 'cloud=rtt=20ms rate=20mbit'.")] = None,
+    trace: Annotated[
+        list[str] | None,
+        typer.Option(help="Replay recorded rates on a link, as cloud=walk.csv.gz (FILE:cut leaves out gaps)."),
+    ] = None,
+    fault: Annotated[
+        list[str] | None, typer.Option(help="Break a link, as 'cloud=drop-both after=2s for=3s'; see docs/recovery.md.")
+    ] = None,
+    link_rate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to believe of a link, as cloud=20mbit, 'cloud=up=5mbit down=50mbit', cloud+third=1gbit."
+        ),
+    ] = None,
+    direct: Annotated[list[str] | None, typer.Option(help="Workers that reach each other, as cloud+third.")] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Keep a journal there, from which `splitwise resume` can go on.")
+    ] = None,
+    patience: Annotated[
+        float | None,
+        typer.Option(min=0, help="Wait so many times the time of moving for a lost machine; inf: for ever."),
+    ] = None,
+    shadow: Annotated[
+        bool, typer.Option(help="The device keeps a cache of everything, to go on alone at once.")
+    ] = False,
+    give_up: Annotated[float, typer.Option(min=0, help="Seconds after which a lost machine is given up.")] = 3600.0,
+    dtype: DtypeOption = Dtype.FP32,
+    weights: WeightsOption = Weights.FULL,
+    threads: Threads = 1,
+    memory: Memory = "",
+    emulate: Emulate = "",
+    profile: Profile = "",
+    tls: Tls = None,
+    json_file: JsonFile = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.")] = False,
+) -> None:
+    """Answer one prompt, alone or with running workers; the answer survives links and machines that are lost."""
+    from splitwise_llm.model.sampling import Sampling
+    from splitwise_llm.wire.codec import ElementLoss
+
+    said = {
+        "model": _absolute(model), "machine": machine or [], "partition": partition, "policy": policy, "floor": floor,
+        "allow_lossy": allow_lossy, "wire": wire, "chunk": chunk, "link": link or [], "trace": trace or [],
+        "fault": fault or [], "link_rate": link_rate or [], "direct": direct or [],
+        "patience": None if patience is None else str(patience),
+        "shadow": shadow, "give_up": give_up, "dtype": dtype, "weights": weights, "threads": threads,
+        "memory": memory, "emulate": _absolute(emulate), "profile": _absolute(profile),
+        "tls": _absolute(str(tls)) if tls else "",
+    }  # fmt: skip
+    asked = _Asked(json.loads(json.dumps(said)), explain)
+    text = read_prompt(prompt)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+
+    async def work() -> None:
+        with asked.edge() as edge:
+            generation = edge.generate(
+                text, asked.decides(edge), max_new_tokens=max_new_tokens, sampling=sampling,
+                loss=ElementLoss(loss, seed), called=policy, limits=asked.limits, tools=asked.tools, rules=asked.rules,
+                journal=journal, options=asked.said,
+            )  # fmt: skip
+            await _show(generation, asked, json_file, quiet)
+            if warning := edge.machine.emulation_warning:
+                note(warning)
+
+    run(work, json_file)
+
+
+@app.command()
+def resume(
+    journal: Annotated[Path, typer.Argument(help="The file that `generate --journal` kept.")],
+    machine: Annotated[
+        list[str] | None, typer.Option(help="Where a worker is now, if it has moved; every name that was given.")
+    ] = None,
+    explain: Annotated[bool, typer.Option(help="Say what is chosen, each time, with its price.")] = False,
+    json_file: JsonFile = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.")] = False,
+) -> None:
+    """Go on with an answer whose process died: the text so far, then the rest, as if nothing had happened."""
+    from splitwise_llm.engine.journal import read_journal
+
+    saved = read_journal(journal)
+    if saved.finished:
+        raise JournalError(f"{journal}: this answer is complete ({saved.finished}); there is nothing to go on with")
+    said = dict(saved.entry.options)
+    if not said.get("model"):
+        raise JournalError(f"{journal}: it was not kept by `splitwise generate`; go on with `Edge.resume`")
+    if machine:
+        names = list(pairs(_words(said["machine"]), "--machine", "cloud=127.0.0.1:7070"))
+        given = pairs(machine, "--machine", "cloud=127.0.0.1:7070")
+        if sorted(given) != sorted(names):
+            raise RequestError(f"--machine names {', '.join(given)}; this session's workers are {', '.join(names)}")
+        said["machine"] = [f"{name}={given[name]}" for name in names]
+    asked = _Asked(said, explain)
+    if saved.note and not quiet:
+        note(saved.note)
+
+    async def work() -> None:
+        with asked.edge() as edge:
+            generation = edge.resume(
+                journal, asked.decides(edge), called=asked.policy_name, limits=asked.limits, tools=asked.tools,
+                rules=asked.rules,
+            )  # fmt: skip
+            print(generation.text, end="", flush=True)
+            await _show(generation, asked, json_file, quiet)
+
+    run(work, json_file)
+
+
+class _Asked:
+    """What the command line said of machines, links and decisions, as both commands need it and a journal keeps it."""
+
+    def __init__(self, said: Mapping[str, Any], explain: bool) -> None:
+        from splitwise_llm.cli.choice import asked_policy
+
+        self.said, self._explain = said, explain
+        self.policy_name: str = said["policy"]
+        wire = WirePrecision(said["wire"]) if said["wire"] else None
+        self._policy = asked_policy(self.policy_name, said["partition"], wire, said["chunk"], said["allow_lossy"])
+        self._wire = wire or WirePrecision.FP32
+        self.limits = Limits(Floor.parse(said["floor"])) if said["floor"] else UNLIMITED
+
+    @property
+    def tools(self) -> Tools | None:
+        from splitwise_llm.engine.survey import LOSSLESS, LOSSY
+
+        if not self.said["allow_lossy"]:
+            return None
+        return Tools((LOSSLESS[Dtype(self.said["dtype"])], *LOSSY), EVERYTHING.chunks)
+
+    @property
+    def rules(self) -> RecoveryRules:
+        from splitwise_llm.engine.backoff import RecoveryRules
+
+        return RecoveryRules(budget_s=self.said["give_up"])
+
+    def edge(self) -> Edge:
+        """The device's end, with its ways to the workers. Raises UserError."""
+        from splitwise_llm.engine.edge import LinkTo, edge_with
+        from splitwise_llm.engine.survey import Rates
+        from splitwise_llm.wire.faults import Layer, parse_schedule
+        from splitwise_llm.wire.keys import device_files
+        from splitwise_llm.wire.shaper import LinkShape
+
+        said = self.said
+        addresses = pairs(said["machine"], "--machine", "cloud=127.0.0.1:7070")
+        links = pairs(said["link"], "--link", "'cloud=rtt=20ms rate=20mbit'")
+        for name, file in pairs(said["trace"], "--trace", "cloud=walk.csv.gz").items():
+            if "rate=" in links.get(name, ""):
+                raise RequestError(f"--link and --trace both say what rate the link to {name} has; keep one")
+            links[name] = f"{links.get(name, '')} rate='{file}'"
+        faults = pairs(said["fault"], "--fault", "'cloud=reset after=2s'")
+        reach = LinkTo(
+            addresses,
+            tls=device_files(Path(said["tls"])) if said["tls"] else None,
+            shapes={name: LinkShape.parse(text) for name, text in links.items()},
+            faults={name: parse_schedule(text, Layer.LINK) for name, text in faults.items()},
+        )
+        rates = {n: Rates.parse(s) for n, s in pairs(said["link_rate"], "--link-rate", "cloud=20mbit").items()}
+        profile = find_device(said["profile"]) if said["profile"] else None
+        return edge_with(
+            said["model"], reach, dtype=Dtype(said["dtype"]), weights=Weights(said["weights"]),
+            threads=said["threads"], direct=[two_names(pair) for pair in said["direct"]], rates=rates, profile=profile,
+            **machine_options(said["memory"], said["emulate"]),
+        )  # fmt: skip
+
+    def decides(self, edge: Edge) -> Policy:
+        """Who decides, with patience and shadow as they were asked for."""
+        from splitwise_llm.cli.choice import Explained, Insisting
+
+        said = self.said
+        patience = None if said["patience"] is None else float(said["patience"])  # as text: JSON has no infinity
+        if self._policy is None:
+            partition = edge.partition(said["partition"] or "all:edge")
+            decision = Decision(partition, self._wire, said["chunk"] or None, shadow=said["shadow"])
+            if patience is not None:
+                decision = replace(decision, patience=patience)
+            decides: Policy = Always(decision)
+        else:
+            decides = Insisting.where_asked(self._policy, patience, said["shadow"])
+        return Explained(decides, self.policy_name or "--partition", edge.names, note) if self._explain else decides
+
+
+async def _show(generation: Generation, asked: _Asked, json_file: Path | None, quiet: bool) -> None:
+    """Print tokens as they come, and what happens to them besides."""
+    if not quiet:
+        generation.on_event = lambda kind, text: (
+            None if kind in QUIET_EVENTS and not asked._explain else note(f"\n[{kind}] {text}")
+        )
+    async with generation:
+        for name, error in generation.unreachable.items() if asked.policy_name and not quiet else ():
+            note(f"going on without {name}: {error}")
+        try:
+            async for token in generation:
+                print(token.text, end="", flush=True)
+        finally:
+            print()
+    record = generation.record
+    write_json(json_file, record.to_dict())
+    if not quiet:
+        note(_summary(record))
+    if asked._explain:
+        from splitwise_llm.cli.choice import hindsight
+
+        for line in hindsight(record):
+            note(line)
+
+
+def _summary(record: RequestRecord) -> str:
+    moves = sum(1 for one in record.runs if one.tokens) - 1
+    return (
+        f"[{record.partition}] {len(record.token_ids)} tokens, TTFT {1e3 * record.ttft_s:.1f} ms, "
+        f"{1e3 * record.tpot_s:.2f} ms/token, {record.round_trips_per_token:g} round trips/token, "
+        f"{record.up_bytes} B up, {record.down_bytes} B down"
+        + (f", {moves} times on another partition or over another link" if moves > 0 else "")
+        + (" (degraded)" if record.is_degraded else "")
+        + (" (emulated)" if record.is_emulated else "")
+    )
+
+
+def _absolute(place: str) -> str:
+    """A path that still leads there from elsewhere; what is no path stays."""
+    return str(Path(place).resolve()) if place and Path(place).exists() else place
+
+
+def _words(said: object) -> list[str]:
+    return [str(word) for word in said] if isinstance(said, list) else []

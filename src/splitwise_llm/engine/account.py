@@ -1,0 +1,150 @@
+"""What is known of a generation's runs, and the record that becomes of them. It runs nothing."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from splitwise_llm import plan as plans
+from splitwise_llm.decision import Decision
+from splitwise_llm.engine.journal import Journal
+from splitwise_llm.engine.post import Extent, Post
+from splitwise_llm.engine.walk import Walker
+from splitwise_llm.errors import BrokenInvariant
+from splitwise_llm.plan import DEVICE, Crossings, Kind
+from splitwise_llm.records import Event, Interval, MachineRecord, Prediction, RequestRecord, RunRecord
+from splitwise_llm.wire.messages import Halted
+
+
+@dataclass(slots=True)
+class Run:
+    """A run as the device sees it."""
+
+    decision: Decision
+    walker: Walker
+    post: Post
+    workers: tuple[int, ...]
+    at_s: float
+    why: str
+    halted: dict[int, tuple[Halted, tuple[Interval, ...]]] = field(default_factory=dict)
+    """What each worker said in the end, and when it computed."""
+    depths: list[int] = field(default_factory=list)
+    """Of the tokens that it made."""
+    ended: str = ""
+    """Why it ended before its time."""
+
+    @property
+    def extent(self) -> Extent:
+        return self.post.extent
+
+    @property
+    def loop_machine(self) -> int:
+        """Who runs the token loop."""
+        plan = self.post.plan
+        return plan.embed if plan.embed == plan.head else DEVICE
+
+    @property
+    def crossings(self) -> tuple[Crossings, ...]:
+        """What all machines counted."""
+        said = [halted for halted, _ in self.halted.values()]
+        theirs = (
+            Crossings(c.after, c.kind, c.src, c.dst, c.count, c.payload_bytes) for one in said for c in one.crossed
+        )
+        return _added([*self.post.crossings, *theirs])
+
+    def check(self) -> None:
+        """Raise BrokenInvariant unless what was sent is what the plan says, for a run that was not disturbed."""
+        planned = self.post.plan.traffic(self.extent.known, len(self.depths), self.extent.start)
+        if self.depths and self.crossings != planned:
+            raise BrokenInvariant(f"run {self.extent.run} sent {self.crossings}, its plan says {planned}")
+
+    def record(self, names: Sequence[str]) -> RunRecord:
+        """As it is kept."""
+        extent, text = self.extent, self.decision.partition.text(names)
+        wire, tokens = self.decision.wire, len(self.depths)
+        return RunRecord(extent.run, text, wire, extent.start, extent.known, tokens, self.at_s, self.why, self.ended)
+
+
+@dataclass(slots=True)
+class Account:
+    """Everything that a generation's record is made of."""
+
+    names: Sequence[str]
+    called: str
+    runs: list[Run] = field(default_factory=list)
+    fills: list[RunRecord] = field(default_factory=list)
+    recomputed_tokens: int = 0
+    peak_memory_bytes: dict[int, int] = field(default_factory=dict)
+    start_s: float = field(default_factory=time.monotonic)
+    """When the prompt was handed over."""
+    start_j: float | None = None
+    """What the device had drawn by then."""
+    open_s: float = 0.0
+    predicted: Prediction | None = None
+    is_degraded: bool = False
+
+    def record(
+        self,
+        journal: Journal,
+        decision: Decision,
+        made: int,
+        text: str,
+        emulated: Mapping[int, str],
+        joules: tuple[float | None, str],
+    ) -> RequestRecord:
+        """The record of a generation whose last `made` tokens this process saw."""
+        since_s = time.monotonic() - self.start_s - journal.now_s  # from the journal's time to that of the record
+        times = [at_s + since_s for at_s in journal.times_s[len(journal.times_s) - made :]]
+        later = max(len(times) - 1, 1)
+        counted = [run for run in self.runs if len(run.depths) > 1]
+        trips = sum((run.depths[-1] - run.depths[0]) / 2 for run in counted)
+        history = [run.record(self.names) for run in self.runs] + self.fills
+        return RequestRecord(
+            partition=decision.partition.text(self.names),
+            wire=decision.wire,
+            prompt_tokens=len(journal.entry.prompt),
+            token_ids=tuple(journal.tokens),
+            text=text,
+            open_s=self.open_s,
+            ttft_s=times[0] if times else 0.0,
+            tpot_s=(times[-1] - times[0]) / later if times else 0.0,
+            round_trips_per_token=trips / max(sum(len(run.depths) - 1 for run in counted), 1),
+            crossings=_added(one for run in self.runs for one in run.crossings),
+            frame_bytes=sum(
+                run.post.frame_bytes + sum(halted.frame_bytes for halted, _ in run.halted.values()) for run in self.runs
+            ),
+            machines=self._machines(emulated),
+            policy=self.called,
+            predicted=self.predicted,
+            token_times_s=tuple(times),
+            runs=tuple(sorted(history, key=lambda one: one.run)),
+            events=tuple(Event(one.at_s + since_s, one.kind, one.text) for one in journal.events),
+            recomputed_tokens=self.recomputed_tokens,
+            device_j=None if joules[0] is None or self.start_j is None else joules[0] - self.start_j,
+            device_j_from=joules[1],
+            is_degraded=self.is_degraded or bool(journal.failed) or any(run.ended for run in self.runs),
+        )
+
+    def _machines(self, emulated: Mapping[int, str]) -> tuple[MachineRecord, ...]:
+        intervals: dict[int, list[Interval]] = {DEVICE: []}
+        for run in self.runs:
+            intervals[DEVICE] += run.walker.intervals
+            for number in run.workers:
+                intervals.setdefault(number, []).extend(run.halted[number][1] if number in run.halted else ())
+        return tuple(
+            MachineRecord(self.names[n], self.peak_memory_bytes.get(n, 0), tuple(times), emulated.get(n, ""))
+            for n, times in sorted(intervals.items())
+        )
+
+
+def _added(crossed: Iterable[Crossings]) -> tuple[Crossings, ...]:
+    """Crossings added up by stage, kind and link."""
+    counts: Counter[tuple[int, Kind, int, int]] = Counter()
+    sizes: Counter[tuple[int, Kind, int, int]] = Counter()
+    for one in crossed:
+        key = (one.after, one.kind, one.src, one.dst)
+        counts[key] += one.count
+        sizes[key] += one.payload_bytes
+    return plans.crossings(counts, sizes)

@@ -1,0 +1,223 @@
+"""Caches made whole for a partition: pieces of its plan walked again, or keys and values carried, as it was decided.
+
+It does not decide which way is the better, nor when a partition is to move.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from splitwise_llm import plan as plans
+from splitwise_llm.decision import Decision, WirePrecision
+from splitwise_llm.engine.account import Account
+from splitwise_llm.engine.controller import Controller
+from splitwise_llm.engine.journal import Journal
+from splitwise_llm.engine.machine import Machine
+from splitwise_llm.engine.peer import Peer
+from splitwise_llm.engine.post import Extent, Office, Post
+from splitwise_llm.engine.shares import Shares
+from splitwise_llm.engine.walk import Request, Walker
+from splitwise_llm.errors import PeerError, WorkerFailed
+from splitwise_llm.partition import Partition
+from splitwise_llm.plan import DEVICE, Plan
+from splitwise_llm.rebuild import NOTHING, Carry, Fill, Held, Holdings, Way, written
+from splitwise_llm.records import RunRecord
+from splitwise_llm.wire.link import Link
+from splitwise_llm.wire.messages import Begin, Fetch, Filled, Halt, Halted, Rows
+
+OTHERS_RUNS = 1000
+"""Numbers left out after another process's last run: it may have begun fills that its journal does not name."""
+
+
+@dataclass(slots=True)
+class Filling:
+    """The caches of one session on all machines, as the device knows them."""
+
+    machine: Machine
+    names: tuple[str, ...]
+    addresses: Mapping[tuple[int, int], str]
+    """Of direct links."""
+    request: Request
+    journal: Journal
+    peers: dict[int, Peer]
+    office: Office
+    shares: Shares
+    controller: Controller
+    account: Account
+    tell: Callable[[str, str], None]
+    patient: Callable[[], float] = lambda: 1.0
+    """Times longer than predicted that an answer may take now."""
+    wires: set[WirePrecision] = field(default_factory=set)
+    """All that runs have used: what is kept is in one of them."""
+    last_run: int = 0
+
+    def __post_init__(self) -> None:
+        self.last_run = max((one.run + OTHERS_RUNS for one in self.journal.decisions), default=0)
+
+    def next_run(self) -> int:
+        """A number that no run of the session has had."""
+        self.last_run += 1
+        return self.last_run
+
+    @property
+    def context(self) -> int:
+        """Positions that caches should hold: all but the last known id's."""
+        return len(self.journal.ids) - 1
+
+    @property
+    def links(self) -> dict[int, Link]:
+        """To every worker that has one."""
+        return {number: peer.link for number, peer in self.peers.items() if peer.link is not None}
+
+    @property
+    def held(self) -> Holdings:
+        """What every machine has of the session."""
+        kept = self.journal.boundaries
+        streams = ((half, start, stop) for half in kept.halves for start, stop in kept.kept(half))
+        mine = Held.of(self.shares.cached, streams)
+        others = (self.peers[n].held if self.peers[n].is_up else NOTHING for n in range(1, len(self.names)))
+        return Holdings((mine, *others))
+
+    async def fill(self, decision: Decision) -> int:
+        """Make the caches of a partition whole up to the last known id; where its run is to begin. Raises
+        SplitwiseError."""
+        ways = self.controller.ways(self.held, decision, self.context)
+        last = 2 * self.machine.spec.num_layers - 1
+        if len(ways) == 1 and isinstance(ways[0], Fill) and (ways[0].first, ways[0].stop) == (0, last):
+            self._count(ways[0], decision.partition)
+            return ways[0].start  # the run itself prefills all of it
+        for way in ways:
+            await self._close(way, decision)
+        return self.context
+
+    async def fill_beside(self, decision: Decision, running: Partition) -> None:
+        """Fill for another partition what can be filled while a run goes on: where no cache that it uses is cut.
+        Raises SplitwiseError."""
+        new = decision.partition
+        for way in self.controller.ways(self.held, decision, self.context):
+            if not any(running.units_on(m, half) == new.units_on(m, half) for m, half in written(way, new)):
+                await self._close(way, decision)
+
+    def direct(self, partition: Partition) -> dict[tuple[int, int], str]:
+        """The direct links between machines of a partition."""
+        return {pair: address for pair, address in self.addresses.items() if set(pair) <= set(partition.machines)}
+
+    def begin(self, number: int, plan: Plan, extent: Extent, fill: Fill | None = None) -> Begin:
+        """What a worker is told of a run."""
+        decision, direct = plan.decision, self.direct(plan.decision.partition)
+        return Begin(
+            run=extent.run,
+            partition=decision.partition.to_bytes(),
+            wire=decision.wire,
+            prefill_chunk=decision.prefill_chunk or 0,
+            start=extent.start,
+            known=extent.known,
+            tokens=extent.tokens,
+            first=fill.first if fill else 0,
+            stop=fill.stop if fill else 0,
+            feeder=fill.feeder if fill and fill.first else -1,
+            direct=list(direct),
+            dial={second: address for (first, second), address in direct.items() if first == number},
+        )
+
+    def expect(self, workers: tuple[int, ...], decision: Decision, extent: Extent) -> None:
+        """The first answers of a run are awaited."""
+        step_s = self.controller.step_s(decision, extent) * self.patient()
+        for number in workers:
+            self.peers[number].expect(step_s)
+
+    async def _close(self, way: Way, decision: Decision) -> None:
+        if isinstance(way, Fill):
+            await self._fill(way, decision)
+        else:
+            for carry in way:
+                await self._carry(carry, decision)
+
+    async def _fill(self, fill: Fill, decision: Decision) -> None:
+        """Walk an excerpt of a plan on all machines that it concerns. Raises SplitwiseError."""
+        wire = next(iter(self.wires)) if len(self.wires) == 1 else WirePrecision.FP32
+        decision = replace(decision, wire=wire if fill.first else decision.wire)
+        partition, feeder = decision.partition, fill.feeder if fill.first else None
+        spec, num_machines = self.machine.spec, len(self.names)
+        plan = plans.excerpt(decision, spec, num_machines, self.direct(partition), fill.first, fill.stop, feeder)
+        extent = Extent(self.next_run(), fill.start, fill.context, 0)
+        self._count(fill, partition)
+        share = await self.shares.filling(partition, fill.start, range(fill.first, fill.stop))
+        post = Post(DEVICE, plan, extent, self.links, self.names)
+        walker = Walker(
+            plan, self.request, share, self.machine, post, ids=self.journal.ids, kept=self.journal.boundaries
+        )
+        post.keep = walker.keep
+        involved = {m for stage in plan.stages for m in stage.machines} | ({feeder} if feeder else set())
+        workers = tuple(sorted(involved - {DEVICE}))
+        at_s = time.monotonic() - self.account.start_s
+        await self.office.open(post)
+        filled = [self.peers[n].answer(Filled, extent.run) for n in workers]
+        walking = asyncio.create_task(walker.fill())
+        try:
+            self.expect(workers, decision, extent)
+            for number in workers:
+                await self.peers[number].send(self.begin(number, plan, extent, fill))
+            await asyncio.gather(walking, *filled)
+            for number in workers:  # which says what the worker holds now
+                await self.peers[number].ask(Halt(extent.run), Halted, extent.run)
+        finally:
+            walking.cancel()
+            await asyncio.gather(walking, return_exceptions=True)
+            if any(not future.done() for future in filled):
+                for number in workers:
+                    with suppress(PeerError):
+                        await self.peers[number].send(Halt(extent.run, at_once=True))
+            self.office.close(extent.run)
+            await self.machine.settle()
+        what = f"halves {fill.first} to {fill.stop}, positions {fill.start} to {fill.context}"
+        self.account.fills.append(
+            RunRecord(
+                extent.run, partition.text(self.names), decision.wire, fill.start, fill.context, 0, at_s, f"fill {what}"
+            )
+        )
+        self.tell("fill", f"computed {what} again on {' and '.join(self.names[m] for m in sorted(involved))}")
+
+    def _count(self, fill: Fill, partition: Partition) -> None:
+        """Note how many positions some machine computes again though it has them: in none of the fills that make good
+        what one machine lost, as the others have kept what went to it."""
+        held, again = self.held, 0
+        for half in range(fill.first + fill.first % 2, fill.stop, 2):
+            for number in set(partition.owners(half)):
+                has = held.machines[number].covered(half, partition.units_on(number, half))
+                again = max(again, min(has, fill.context) - fill.start)
+        self.account.recomputed_tokens += again
+
+    async def _carry(self, carry: Carry, decision: Decision) -> None:
+        """Bring keys and values from one machine to another, by way of the device. Raises SplitwiseError."""
+        partition = decision.partition
+        for half, units in carry.units:
+            if carry.src == DEVICE:
+                rows = await self.shares.rows(half, units, carry.start, carry.context)
+            else:
+                fetch = Fetch(half, list(units), carry.start, carry.context)
+                found, payload = await self.peers[carry.src].ask(fetch, Rows, half)
+                if not (isinstance(found, Rows) and found.units):
+                    await self._inquire(carry.src)
+                    raise WorkerFailed(f"{self.names[carry.src]} does not have any more what was to be carried away")
+                rows = bytes(payload)
+            if carry.dst == DEVICE:
+                await self.shares.put(partition, half, units, carry.start, carry.context, memoryview(rows))
+            else:
+                header = Rows(half, list(units), carry.start, carry.context, partition.to_bytes())
+                await self.peers[carry.dst].send(header, rows)
+        if carry.dst != DEVICE:
+            await self._inquire(carry.dst)
+            held = self.peers[carry.dst].held
+            if any(held.covered(half, units) < carry.context for half, units in carry.units):
+                raise WorkerFailed(f"{self.names[carry.dst]} could not take what was carried there; see its log")
+        self.tell("carry", f"{carry.num_units} units' cache from {self.names[carry.src]} to {self.names[carry.dst]}")
+
+    async def _inquire(self, number: int) -> None:
+        """What does a worker hold now? Raises SplitwiseError."""
+        run = self.next_run()
+        await self.peers[number].ask(Halt(run), Halted, run)
