@@ -142,3 +142,14 @@ def test_steps_cover_prompt_and_answer() -> None:
         (10, 1, True, False),
         (11, 1, True, False),
     ]
+
+
+def test_in_the_last_half_of_an_excerpt_only_those_who_lack_it_take_part() -> None:
+    decision = Decision(Partition.shared(SPEC, {0: 1.0, 1: 1.0}, layers=[2]))
+    whole = plans.excerpt(decision, SPEC, 2, (), 4, 5, feeder=0)
+    assert whole.stages[-1].machines == (0, 1)
+    mine = plans.excerpt(decision, SPEC, 2, (), 4, 5, feeder=0, last=[1])
+    assert mine.stages[-1].machines == (1,)
+    assert [(move.kind, move.src, move.dst) for move in mine.moves] == [(Kind.RESIDUAL, 0, 1)]
+    assert mine.cached_halves(1) == range(4, 5)
+    assert mine.cached_halves(0) == range(4, 4)

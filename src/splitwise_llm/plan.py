@@ -7,7 +7,7 @@ sizes and order, never seconds or sockets.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -146,6 +146,12 @@ class Plan:
     def head(self) -> int:
         return self.decision.partition.head
 
+    def cached_halves(self, machine: int) -> range:
+        """The halves of an excerpt in which a machine that takes part makes caches anew."""
+        last = self.stages[-1]
+        stop = last.stop if isinstance(last, Serial) else last.half + 1
+        return range(self.first, stop if machine in last.machines or isinstance(last, Serial) else stop - 1)
+
     def legs(self, src: int, dst: int) -> tuple[tuple[int, int], ...]:
         """The directed links a message takes: one, or two through the device."""
         if DEVICE in (src, dst) or (src, dst) in self.direct:
@@ -269,8 +275,10 @@ def excerpt(
     first: int,
     stop: int,
     feeder: int | None = None,
+    last: Collection[int] = (),
 ) -> Plan:
-    """The part of a plan that fills caches again: halves `first` to `stop`, whose result nobody takes.
+    """The part of a plan that fills caches again: halves `first` to `stop`, whose result nobody takes; in the last of
+    them only the machines `last` take part, for the sake of their own caches (none named: all).
 
     The residual stream before half `first` comes from `feeder`, who has kept it; None: from the ids, and `first` is
     0. Raises PartitionError.
@@ -280,6 +288,9 @@ def excerpt(
     if not 0 <= first < stop <= 2 * spec.num_layers or (feeder is None) != (first == 0):
         raise PartitionError(f"halves {first} to {stop} fed by {feeder} are no part of {2 * spec.num_layers} halves")
     stages = _halves(decision, first, stop, [Serial(partition.embed, 0, 0, embed=True)] if feeder is None else [])
+    if last and isinstance(stages[-1], Shared):
+        shares = tuple(share for share in stages[-1].shares if share.machine in last)
+        stages[-1] = replace(stages[-1], shares=shares)
     moves: list[Move] = []
     joiners: list[tuple[int, ...]] = []
     for index, stage in enumerate(stages[:-1]):

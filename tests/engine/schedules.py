@@ -33,7 +33,7 @@ from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.observation import Observation, Policy
 from splitwise_llm.partition import Partition
-from splitwise_llm.spec import DeviceSpec, ModelSpec
+from splitwise_llm.spec import DeviceSpec, Dtype, ModelSpec, Weights
 from splitwise_llm.wire import faulty
 from splitwise_llm.wire.faults import Fault, Injection
 from splitwise_llm.wire.faulty import FaultyConnect
@@ -468,7 +468,7 @@ async def _run(checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], schedul
     with ExitStack() as stack:
         lab = Lab(checkpoint, schedule, stack)
         if not schedule.fits:
-            lab.device._memory_limit = _too_little(checkpoint, schedule)
+            lab.device._memory_limit = _too_little(checkpoint)
         for act in schedule.acts:
             if act.token < 0:
                 lab.do(act)
@@ -504,18 +504,13 @@ async def _run(checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], schedul
     return result
 
 
-def _too_little(checkpoint: Checkpoint, schedule: Schedule) -> int:
-    """Memory of the device that holds what the sessions' first decisions put there, and not everything."""
-    machine = Machine(checkpoint, memory_bytes=2**40)
-    with machine:
-        spec, capacity = machine.spec, PROMPT_TOKENS + TOKENS
-
-        def bytes_of(partition: Partition, count: int) -> int:
-            kv = cost.assigned_kv_bytes(spec, partition, 0, machine.dtype, capacity)
-            weights, caches = machine._held([(need_of(partition, 0), kv)] * count)
-            return int(weights) + caches
-
-        return bytes_of(Partition.all_on(spec, 0), 1) - 1
+def _too_little(checkpoint: Checkpoint) -> int:
+    """One byte less than all of the model and one session's caches take."""
+    spec = checkpoint.architecture.spec
+    everything = Partition.all_on(spec, 0)
+    need = need_of(everything, 0)
+    weights = cost.weight_bytes(spec, set(need.units), need.embed, need.head, Dtype.FP32, Weights.FULL)
+    return int(weights) + cost.assigned_kv_bytes(spec, everything, 0, Dtype.FP32, PROMPT_TOKENS + TOKENS) - 1
 
 
 async def _follow(lab: Lab, outcome: Outcome, todo: list[Act]) -> None:

@@ -164,7 +164,7 @@ class AnyOrder(RuleBasedStateMachine):
                 self.trouble_s = self.now_s
         if before not in connected and after in connected:
             self.connected_s = self.now_s
-        if isinstance(event, Unreached):
+        if isinstance(event, Unreached) and actions:  # a late one counts for nothing
             self.retry_after_s = min(event.retry_after_s or 0.0, LONGEST_RETRY_AFTER_S)
 
     @rule(seconds=st.one_of(st.floats(0, 0.3), st.floats(0, 0.3), st.floats(0, 20), st.just(1e5)))

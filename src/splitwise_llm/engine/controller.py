@@ -141,8 +141,12 @@ class Controller:
     def measured(self, number: int, figures: LinkFigures, advert: Advert | None) -> None:
         """News of a link and a worker; a change of class is a reason to ask."""
         self.figures[number] = figures
-        watch = self._links.setdefault(number, link_watch())
-        if watch.changed(link_figures(figures.fast)):
+        if number not in self._links:  # compared with what the policy was shown of it at first
+            rates, greeted = self.rates.get((DEVICE, number), ASSUMED), self.greeted.get(number)
+            self._links[number] = link_watch()
+            if greeted is not None:
+                self._links[number].changed((rates.up, rates.down, greeted.rtt_s))
+        if self._links[number].changed(link_figures(figures.fast)):
             self.note(Occasion.LINK)
         if advert is not None:
             self.adverts[number] = advert

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -106,7 +106,9 @@ class Filling:
         """The direct links between machines of a partition."""
         return {pair: address for pair, address in self.addresses.items() if set(pair) <= set(partition.machines)}
 
-    def begin(self, number: int, plan: Plan, extent: Extent, fill: Fill | None = None) -> Begin:
+    def begin(
+        self, number: int, plan: Plan, extent: Extent, fill: Fill | None = None, last: Sequence[int] = ()
+    ) -> Begin:
         """What a worker is told of a run."""
         decision, direct = plan.decision, self.direct(plan.decision.partition)
         return Begin(
@@ -120,6 +122,7 @@ class Filling:
             first=fill.first if fill else 0,
             stop=fill.stop if fill else 0,
             feeder=fill.feeder if fill and fill.first else -1,
+            last=list(last),
             direct=list(direct),
             dial={second: address for (first, second), address in direct.items() if first == number},
         )
@@ -143,10 +146,12 @@ class Filling:
         decision = replace(decision, wire=wire if fill.first else decision.wire)
         partition, feeder = decision.partition, fill.feeder if fill.first else None
         spec, num_machines = self.machine.spec, len(self.names)
-        plan = plans.excerpt(decision, spec, num_machines, self.direct(partition), fill.first, fill.stop, feeder)
+        last = self._lacking(fill, partition)
+        direct = self.direct(partition)
+        plan = plans.excerpt(decision, spec, num_machines, direct, fill.first, fill.stop, feeder, last)
         extent = Extent(self.next_run(), fill.start, fill.context, 0)
-        self._count(fill, partition)
-        share = await self.shares.filling(partition, fill.start, range(fill.first, fill.stop))
+        self._count(fill, partition, last)
+        share = await self.shares.filling(partition, fill.start, plan.cached_halves(DEVICE))
         post = Post(DEVICE, plan, extent, self.links, self.names)
         walker = Walker(
             plan, self.request, share, self.machine, post, ids=self.journal.ids, kept=self.journal.boundaries
@@ -161,7 +166,7 @@ class Filling:
         try:
             self.expect(workers, decision, extent)
             for number in workers:
-                await self.peers[number].send(self.begin(number, plan, extent, fill))
+                await self.peers[number].send(self.begin(number, plan, extent, fill, last))
             await asyncio.gather(walking, *filled)
             for number in workers:  # which says what the worker holds now
                 await self.peers[number].ask(Halt(extent.run), Halted, extent.run)
@@ -182,12 +187,21 @@ class Filling:
         )
         self.tell("fill", f"computed {what} again on {' and '.join(self.names[m] for m in sorted(involved))}")
 
-    def _count(self, fill: Fill, partition: Partition) -> None:
-        """Note how many positions some machine computes again though it has them: in none of the fills that make good
-        what one machine lost, as the others have kept what went to it."""
+    def _lacking(self, fill: Fill, partition: Partition) -> tuple[int, ...]:
+        """Who lacks something in the last half of a fill: the others need not take part, as nobody takes the sum."""
+        held, half = self.held, fill.stop - 1
+        owners = sorted(set(partition.owners(half)))
+        return tuple(n for n in owners if held.machines[n].covered(half, partition.units_on(n, half)) < fill.context)
+
+    def _count(self, fill: Fill, partition: Partition, last: Sequence[int] = ()) -> None:
+        """Note how many positions behind which a token had come some machine computes again though it has them: in none
+        of the fills that make good what one machine lost, unless halves that it shares follow each other."""
+        if len(self.journal.ids) == self.request.prompt_tokens:
+            return
         held, again = self.held, 0
         for half in range(fill.first + fill.first % 2, fill.stop, 2):
-            for number in set(partition.owners(half)):
+            owners = last if last and half == fill.stop - 1 else set(partition.owners(half))
+            for number in owners:
                 has = held.machines[number].covered(half, partition.units_on(number, half))
                 again = max(again, min(has, fill.context) - fill.start)
         self.account.recomputed_tokens += again

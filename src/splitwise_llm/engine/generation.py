@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -55,6 +55,8 @@ MAX_FAILURES = 5
 """So often a run may fail at the same token while every machine it needs is there; then it is no accident."""
 CLOSING_S = 2.0
 """How long a worker may take to say good-bye once the answer is complete."""
+REFUSED_S = 1.0
+"""A worker that had no room is asked again after so long."""
 SHADOW_TOKENS = 4
 """A shadow follows in steps of so many tokens: one pass over the weights for all of them."""
 READY_AFTER_S = 1.0
@@ -131,7 +133,6 @@ class Generation:
         self._moving: asyncio.Task[None] | None = None
         self._beside: dict[str, asyncio.Task[None]] = {}
         """What goes on beside the runs: control, shadow, ready."""
-        self._readied = object()
         self._halt = asyncio.Event()
         self._came = asyncio.Event()
         """A token."""
@@ -151,6 +152,8 @@ class Generation:
         self._is_fresh = self._begun_at == request.prompt_tokens
         self._failures: tuple[int, int] = (0, 0)
         self._precision = ""
+        self._refused_s: float | None = None
+        """Since when the session has waited for room somewhere."""
         self._before: Decision | None = None
         """What ran before a move, until the next run has begun."""
         self._record: RequestRecord | None = None
@@ -218,8 +221,14 @@ class Generation:
     async def __aenter__(self) -> Self:
         start = time.monotonic()
         try:
-            await self._greet_all()
-            self._decide()
+            late = await self._greet_all()
+            try:
+                self._decide()
+            except (RequestError, PeerError):
+                if not late:
+                    raise
+                await asyncio.wait(late)  # it takes somebody who has not answered yet
+                self._decide()
             run = None
             if not self._is_over:
                 await self._open_sessions(self.decision.partition)
@@ -252,8 +261,9 @@ class Generation:
 
     # Opening
 
-    async def _greet_all(self) -> None:
-        """Say hello to every worker at once. Those that do not answer matter only if they are needed."""
+    async def _greet_all(self) -> list[asyncio.Task[None]]:
+        """Say hello to every worker at once. Those that do not answer matter only if they are needed. For a policy
+        whose device could begin alone, greetings that take long go on beside it, and are returned."""
         device, fingerprint = self._device, self._device.machine.checkpoint.fingerprint
         peers = [
             Peer(number, name, device.connect, fingerprint, self, self._rules, self._controller.view(number))
@@ -279,6 +289,7 @@ class Generation:
                 raise error
             if begins_alone and isinstance(error, Unreachable | LinkDied):
                 self._beside[f"greet {peer.name}"] = self._start("greet", self._greet_late(peer, task))
+        return [task for task in meeting.values() if not task.done()]
 
     async def _greet_late(self, peer: Peer, meeting: asyncio.Task[None]) -> None:
         """A worker that was silent at admission is greeted when it answers, and then it is there like one that came
@@ -289,7 +300,8 @@ class Generation:
             try:
                 await meeting
                 break
-            except (Unreachable, LinkDied):
+            except (Unreachable, LinkDied) as error:
+                self.unreachable[peer.name] = error
                 took_s = time.monotonic() - begun_s
                 await asyncio.sleep(self._rules.delay_s(failures, took_s, random.random()))
                 failures += 1
@@ -565,6 +577,7 @@ class Generation:
             for number in run.workers:
                 self._peers[number].expect(later_s)
         run.depths.append(sampled.depth)
+        self._refused_s = None
         self._came.set()
         text = self._stream.push(sampled.id)
         if self._is_over:
@@ -598,7 +611,7 @@ class Generation:
         await asyncio.sleep(READY_AFTER_S)
         if alone != self.decision.partition and self._shares.fits(alone):
             with suppress(SplitwiseError):  # then it will load when it has to, or say why it cannot
-                await machine.keep_ready(self._readied, alone, DEVICE)
+                await machine.keep_ready(alone, DEVICE)
 
     # Moving
 
@@ -726,8 +739,8 @@ class Generation:
         await self._wait(error)
 
     async def _wait(self, error: SplitwiseError) -> None:
-        """Wait for what is lost: as long as there is patience where the session could go on elsewhere, otherwise as long
-        as there is hope. Raises what happened when there is none."""
+        """Wait for what is lost: as long as there is patience where the session could go on elsewhere, and otherwise as
+        long as there is hope. Raises what happened when there is none."""
         fallback: Decision | None = None
         told = False
         while down := self._down(self.decision.partition):
@@ -744,13 +757,28 @@ class Generation:
                 self.decision = fallback
                 return
             if fallback is None:
-                if all(self._peers[n].is_gone or self._peers[n].refusal for n in down):
+                if all(self._peers[n].is_gone for n in down):
                     raise error
                 if not told:
                     names = ", ".join(self._device.names[n] for n in down)
                     self._tell("waiting", f"no partition without {names} is possible; waiting for it")
                 told = True
-            await self._changed.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REFUSED_S if any(self._peers[n].refusal for n in down) else None):
+                    await self._changed.wait()
+                    continue
+            self._ask_again(down)
+
+    def _ask_again(self, down: Sequence[int]) -> None:
+        """What a worker had no room for it may have room for now. Raises the refusal once the time for attempts is
+        spent."""
+        since_s = self._refused_s or time.monotonic()
+        for number in down:
+            refusal = self._peers[number].refusal
+            if refusal is not None and time.monotonic() - since_s > self._rules.budget_s:
+                raise refusal
+            self._peers[number].refusal = None
+        self._refused_s = since_s
 
     def _set_patience(self, fallback: Decision) -> None:
         """How long to wait for what is lost before going on elsewhere."""
@@ -852,6 +880,5 @@ class Generation:
             task.cancel()
         await asyncio.gather(*self._beside.values(), return_exceptions=True)
         self._shares.release()
-        self._device.machine.release(self._readied)
         await asyncio.to_thread(self._journal.close)  # it waits for the disk
         await asyncio.gather(*(peer.leave() for peer in self._peers.values()), return_exceptions=True)

@@ -272,14 +272,14 @@ class Hosted:
         if begin.tokens:
             return plans.compile(decision, spec, num_machines, begin.direct), extent
         feeder = None if begin.feeder < 0 else begin.feeder
-        plan = plans.excerpt(decision, spec, num_machines, begin.direct, begin.first, begin.stop, feeder)
+        plan = plans.excerpt(decision, spec, num_machines, begin.direct, begin.first, begin.stop, feeder, begin.last)
         return plan, extent
 
     async def _share(self, plan: plans.Plan, extent: Extent, begin: Begin) -> Share:
         """The share of a run, cut to where it begins. Raises MemoryTooSmall, ModelError, ProtocolError."""
         partition = plan.decision.partition
         if extent.tokens == 0:
-            return await self._shares.filling(partition, extent.start, range(begin.first, begin.stop))
+            return await self._shares.filling(partition, extent.start, plan.cached_halves(self.number))
         share = await self._shares.begin(partition, extent.start)
         self._kept.truncate(extent.known)  # streams of tokens that never came to the device are nobody's
         return share

@@ -89,6 +89,8 @@ class Machine:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._memory_limit = memory_bytes
         self._resident = Resident(checkpoint, dtype, weights, self.device)
+        self._ready: Need | None = None
+        """Held for a fault, beside what is open."""
         self._open: dict[object, _Open] = {}
         """By key, what each open share holds."""
         self._pending: set[Future[Any]] = set()
@@ -183,7 +185,8 @@ class Machine:
         return weights, sum(caches.values())
 
     def _check_fits(self, name: str, wanted: _Open) -> None:
-        """Raise MemoryTooSmall, with the sizes, unless one more share fits beside the open ones."""
+        """Raise MemoryTooSmall, with the sizes, unless one more share fits beside the open ones. What is only kept
+        ready counts for nothing: `_load` lets go of it first."""
         weights, cache = self._held([*self._open.values(), wanted])
         if weights + cache > self.memory_bytes:
             count = len({one.owner for one in self._open.values()} - {wanted.owner})
@@ -208,20 +211,25 @@ class Machine:
         self._open[key] = wanted
         try:
             return (await self.compute(lambda: self._load(need, capacity))).value
-        except BaseException:
+        except BaseException as error:
             self.release(key)
+            if isinstance(error, MemoryError) or "allocate memory" in str(error):
+                raise MemoryTooSmall(f"{name} has no memory for its part: {error}; give it fewer layers") from error
             raise
 
-    async def keep_ready(self, key: object, partition: Partition, number: int) -> None:
-        """Load what machine `number` would need, piece by piece and slowly, beside whatever is computed; `release` it
-        by its key. Raises MemoryTooSmall, ModelError."""
+    async def keep_ready(self, partition: Partition, number: int) -> None:
+        """Load what machine `number` would need, piece by piece and slowly, beside whatever is computed, and keep it
+        for as long as nobody else needs the room. Raises MemoryTooSmall, ModelError."""
         need = need_of(partition, number)
-        self._check_fits("", _Open(need, 0, key))
-        self._open[key] = _Open(need, 0, key)
+        if self._ready == need:
+            return
+        wanted = _Open(need, 0, None)
+        self._check_fits("", wanted)
         for unit in need.units:
             await asyncio.sleep(READYING_S)
             await self.compute(partial(self._resident.load, Need((unit,), embed=False, head=False)))
         await self.compute(lambda: self._resident.load(need))
+        self._ready = need
 
     def fits(self, partition: Partition, number: int, capacity: int, owner: object = None) -> bool:
         """Whether a share (of an owner) would fit beside the open ones."""
@@ -232,7 +240,11 @@ class Machine:
         return True
 
     def _load(self, need: Need, capacity: int) -> Share:
-        self._resident.keep_only(one.need for one in list(self._open.values()))
+        shares = list(self._open.values())
+        if self._ready is not None:
+            held = self._held([*shares, _Open(self._ready, 0, None)])
+            self._ready = self._ready if sum(held) <= self.memory_bytes else None
+        self._resident.keep_only([*(one.need for one in shares), *([self._ready] if self._ready else [])])
         if len(self._open) == 1:
             reset_peak_memory()
         self._resident.load(need)

@@ -25,6 +25,10 @@ FEW_FRAMES = 6
 
 KEEP_S, KEEP_FRAMES, FIT_FRAMES = 10.0, 512, 128
 MIN_FRAMES = 4
+MIN_BYTES = 4 * 1500
+"""Links let bytes out by packets, and mobile ones every ten milliseconds or so. When fewer bytes than some packets'
+arrived, they tell when the link was served, not how fast it is: pings alone would make a link look a hundred times
+slower than it is."""
 TIGHT, NARROW, ROUGH = 1.1, 1.28, 2.0
 """The ends of an interval differ by at most such a factor: no more evidence is needed; it is an estimate (mostly
 within 10 %); its best rate is a better guess than either end."""
@@ -102,10 +106,17 @@ class _Fit:
     """And when the newest frame came in that says so; with the clocks' offset in it, at `best` if narrow, else at
     `high`. NaN: too few frames found the link idle."""
     newest_s: float
+    num_bytes: float
+    """That it is made of."""
+
+    @property
+    def tells_rate(self) -> bool:
+        """Otherwise it only tells the delay."""
+        return self.num_bytes >= MIN_BYTES
 
     @property
     def is_narrow(self) -> bool:
-        return self.high <= NARROW * self.low
+        return self.tells_rate and self.high <= NARROW * self.low
 
     def refines(self, other: _Fit) -> bool:
         """Whether it says the same as the other, and more."""
@@ -167,6 +178,7 @@ class RateMeter:
     def read(self, now_s: float) -> Rate | None:
         """What is known at `now_s` (one's own clock); None before enough frames have come to say anything."""
         fit = self._update(now_s)
+        fit = fit if fit is not None and fit.tells_rate else None
         if fit is not None and fit.is_narrow:
             rate, at_s, is_bound = fit.best, fit.newest_s, False
         elif self._last is not None:
@@ -235,7 +247,7 @@ class RateMeter:
 def _gaps(times_s: Floats, before_s: float) -> Floats:
     """(frames,): from the one before to each; `np.diff` takes twice as long over it."""
     gaps = np.empty_like(times_s)
-    gaps[0] = times_s[0] - before_s
+    gaps[:1] = times_s[:1] - before_s
     np.subtract(times_s[1:], times_s[:-1], out=gaps[1:])
     return gaps
 
@@ -259,7 +271,8 @@ def _fit(frames: _Frames, delay_before_s: float) -> _Fit | None:
     low, high = float(rates[allowed].min()), float(rates[allowed].max())
     used = best if high <= NARROW * low else int(np.flatnonzero(allowed & (rates == high))[0])
     delay_s = _newest_delay(float(rates[used]), float(delays[used]), frames)
-    return _Fit(float(rates[best]), low, high, delay_s, float(frames.arrived[-1]))
+    num_bytes = float(frames.sizes.sum())
+    return _Fit(float(rates[best]), low, high, delay_s, float(frames.arrived[-1]), num_bytes)
 
 
 def _unlikely(errors: Floats, delays: Floats, delay_before_s: float) -> Floats:

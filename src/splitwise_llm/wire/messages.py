@@ -120,6 +120,8 @@ class Begin(_Header, frozen=True, tag="begin"):
     """0: to the end."""
     feeder: Annotated[int, msgspec.Meta(ge=-1, lt=256)] = -1
     """Who has kept the stream before `first`; -1: nobody, the ids are to be embedded."""
+    last: list[MachineNumber] = []
+    """Who takes part in the last half of a fill, where it is shared; empty: all."""
     direct: list[tuple[int, int]] = []
     """Pairs of workers that reach each other without the device."""
     dial: dict[int, str] = {}
