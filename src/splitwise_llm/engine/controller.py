@@ -38,6 +38,8 @@ from splitwise_llm.spec import LinkSpec
 
 EPOCH_TOKENS, EPOCH_S = 16, 1.0
 """A policy is asked again after so many tokens or seconds, whichever comes first (docs/lyapunov.md)."""
+STUCK_S, STUCK_STEPS = 60.0, 20.0
+"""A run whose machines answer pings is given up after so long, or so many times its predicted step, without a token."""
 UNKNOWN_STEP_S = 0.25
 """Of machines that nobody has measured: what a step is taken to last until tokens say it."""
 RECENT = 0.2
@@ -261,6 +263,10 @@ class Controller:
         expected = price(seen.world, decision, job, seen.world.conditions(seen.loads))
         share = (extent.known - extent.start) / extent.known
         return expected.ttft_s * share + expected.tpot_s
+
+    def stuck_s(self, decision: Decision, extent: Extent) -> float:
+        """After which silence of a run something must be wrong, whatever its machines say."""
+        return max(STUCK_S, STUCK_STEPS * self.step_s(decision, extent))
 
     def token_s(self, decision: Decision) -> float:
         """Between later tokens: as predicted, or longer if it has been."""

@@ -21,7 +21,7 @@ from splitwise_llm.engine.peer import Peer
 from splitwise_llm.engine.post import Extent, Office, Post
 from splitwise_llm.engine.shares import Shares
 from splitwise_llm.engine.walk import Request, Walker
-from splitwise_llm.errors import PeerError, WorkerFailed
+from splitwise_llm.errors import LinkDied, PeerError, WorkerFailed
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import DEVICE, Plan
 from splitwise_llm.rebuild import NOTHING, Carry, Fill, Held, Holdings, Way, written
@@ -167,9 +167,12 @@ class Filling:
             self.expect(workers, decision, extent)
             for number in workers:
                 await self.peers[number].send(self.begin(number, plan, extent, fill, last))
-            await asyncio.gather(walking, *filled)
+            async with asyncio.timeout(self.controller.stuck_s(decision, extent)):
+                await asyncio.gather(walking, *filled)
             for number in workers:  # which says what the worker holds now
                 await self.peers[number].ask(Halt(extent.run), Halted, extent.run)
+        except TimeoutError:
+            raise LinkDied("a fill does not come to its end, though every machine answers") from None
         finally:
             walking.cancel()
             await asyncio.gather(walking, return_exceptions=True)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from splitwise_llm import plan as plans
 from splitwise_llm.cost import UNLIMITED, Limits
@@ -465,7 +465,7 @@ class Generation:
         walking = asyncio.create_task(run.walker.run())
         halting = asyncio.create_task(self._halt.wait())
         try:
-            await asyncio.wait({walking, halting}, return_when=asyncio.FIRST_COMPLETED)
+            await self._ended(run, walking, halting)
             if not walking.done() and not await self._halt_walk(run, walking):
                 walking.cancel()
                 run.ended = "left behind: its link let nothing through, and the next partition does without it"
@@ -484,6 +484,17 @@ class Generation:
         with suppress(PeerError):  # the tokens are there; whoever dies now is noticed by the next run
             await self._collect(run)
         self._office.close(run.extent.run)
+
+    async def _ended(self, run: Run, walking: asyncio.Task[None], halting: asyncio.Task[Any]) -> None:
+        """Wait until a run has ended or is to. One that makes nothing for very long fails, though its machines answer
+        pings: a link between two workers may be dead and neither know it."""
+        while not walking.done() and not halting.done():
+            made, most_s = len(run.depths), self._controller.stuck_s(run.decision, run.extent)
+            either: set[asyncio.Task[Any]] = {walking, halting}
+            done, _ = await asyncio.wait(either, timeout=most_s, return_when=asyncio.FIRST_COMPLETED)
+            if not done and len(run.depths) == made:
+                error = LinkDied(f"no token came for {most_s:.0f} s, though every machine answers")
+                self._office.fail(error, run.extent.run)
 
     async def _halt_walk(self, run: Run, walking: asyncio.Task[None]) -> bool:
         """Bring a walk to its end at the next token, wherever its token loop runs; False where none comes any more and
