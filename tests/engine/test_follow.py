@@ -12,19 +12,8 @@ import numpy as np
 import pytest
 
 from splitwise_llm.bench.figures import Figures
-from splitwise_llm.bench.follow import (
-    ALONE,
-    LIVE,
-    Asked,
-    Course,
-    Served,
-    Setting,
-    draw,
-    fixed,
-    slowed,
-    stalls,
-    summarise,
-)
+from splitwise_llm.bench.follow import draw, fixed, stalls, summarise
+from splitwise_llm.bench.follow_course import ALONE, LIVE, Asked, Course, Served, Setting, slowed
 from splitwise_llm.bench.follow_figure import draw_follow
 from splitwise_llm.cost import Host, Job, World
 from splitwise_llm.decision import Decision, WirePrecision

@@ -20,10 +20,11 @@ from splitwise_llm.decision import Decision
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.generation import Generation
 from splitwise_llm.engine.machine import Machine
-from splitwise_llm.errors import SplitwiseError
+from splitwise_llm.errors import BrokenInvariant, SplitwiseError
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.tokenizer import Tokenizer
+from splitwise_llm.records import RequestRecord
 from splitwise_llm.wire.faults import Fault, Injection
 from splitwise_llm.wire.faulty import FaultyConnect
 from splitwise_llm.wire.grpc_link import dial
@@ -143,6 +144,8 @@ class Bench:
                     async for _ in generation:
                         pass
             known = self.references[mode, sampling] = generation.record.token_ids
+            if len(known) < self.setup.new_tokens:
+                raise BrokenInvariant(f"the text ends after {len(known)} tokens; choose a prompt that goes on longer")
         return known
 
     async def play(self, cell: Cell, number: int) -> Outcome:
@@ -181,7 +184,8 @@ class Bench:
                 await _clean(cell, stage)
             took_s = time.monotonic() - begun_s
             fired = _fired(cell, stage)
-        return self._outcome(cell, stage, tuple(came) == want, fired, error, took_s)
+        identical = tuple(came) == want and bool(error or generation.record.token_ids == want)
+        return self._outcome(cell, stage, identical, fired, error, took_s)
 
     def _extra(self, cell: Cell) -> Host | None:
         return self.spare if cell.spare or cell.fault is Fault.WORKER_OUT_OF_MEMORY else None
@@ -199,17 +203,11 @@ class Bench:
             events = told_events_of(stage.generation)
             return Outcome(cell.name, not fired, identical, "", error, round(took_s, 3), events=events)
         record = stage.generation.record
-        same = identical and record.token_ids == self.references_of(cell, record.token_ids)
         extra = extra_tokens(record, self.partitions[cell.mode], WORKER) if _loses_cache(cell) else 0
         return Outcome(
-            cell.name, not fired, same, untold(cell, record), "", round(took_s, 3), extra,
-            _says_nothing(cell, fired), told_events(record.events), told_runs(record.runs),
+            cell.name, not fired, identical, untold(cell, record), "", round(took_s, 3), extra,
+            _says_nothing(cell, fired, record), told_events(record.events), told_runs(record.runs),
         )  # fmt: skip
-
-    def references_of(self, cell: Cell, got: tuple[int, ...]) -> tuple[int, ...]:
-        """The reference that these ids equal, if one does."""
-        known = [ids for (mode, _), ids in self.references.items() if mode is cell.mode]
-        return next((ids for ids in known if ids == got), ())
 
 
 def patience(cell: Cell) -> float:
@@ -303,9 +301,13 @@ def _fired(cell: Cell, stage: Stage) -> str:
     return "" if hit else f"{cell.fault} never hit anything"
 
 
-def _says_nothing(cell: Cell, unfired: str) -> str:
+def _says_nothing(cell: Cell, unfired: str, record: RequestRecord) -> str:
+    """Why a fault that did not strike could not."""
     if cell.fault is Fault.REORDER and unfired:
-        return "while tokens flow, frames alternate: no two were on their way together"
+        return "frames alternate while tokens flow: after that moment no two were on their way together"
+    is_done = cell.moment is Moment.LAST and not any(run.ended for run in record.runs)
+    if cell.fault is Fault.WORKER_OUT_OF_MEMORY and unfired and is_done:
+        return "the last token was on its way already: nobody was asked to take over"
     return ""
 
 

@@ -5,6 +5,7 @@ no file descriptors, no tasks, no processes. It knows how to look into /proc, so
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -23,7 +24,7 @@ from splitwise_llm.bench.rig import Host, Line
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.machine import Machine
-from splitwise_llm.errors import SplitwiseError
+from splitwise_llm.errors import PeerError, RequestError, SplitwiseError
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ JOBS = 6
 """Different prompts, each with its own sampling; their undisturbed text is known."""
 LIMIT_S = 90.0
 """A session that takes longer has failed: longer than any row of faults here."""
-LOOK_EVERY_S = 0.5
+LOOK_EVERY_S = 1.0
 Tell = Callable[[str], None]
 
 
@@ -210,6 +211,7 @@ async def _talk(soak: Soak, edge: Edge, jobs: Sequence[_Job], draw: random.Rando
     while time.monotonic() < end_s:
         job, text = draw.choice(jobs), draw.choice(PARTITIONS)
         came: list[int] = []
+        has_begun = False
         try:
             decision = Decision(edge.partition(text), patience=draw.choice([0.0, 1.0, 4.0]))
             async with (
@@ -218,22 +220,18 @@ async def _talk(soak: Soak, edge: Edge, jobs: Sequence[_Job], draw: random.Rando
                     job.ids, decision, max_new_tokens=job.new_tokens, sampling=job.sampling, stop_ids=()
                 ) as generation,
             ):
+                has_begun = True
                 async for token in generation:
                     came.append(token.id)
         except (SplitwiseError, TimeoutError) as error:
-            if not came and _is_beginning(error):
-                await asyncio.sleep(0.2)  # nobody was there to begin with: nothing was lost
+            if not has_begun and isinstance(error, PeerError | RequestError):
+                await asyncio.sleep(0.2)  # its workers were not there to begin with: nothing was lost
                 continue
             soak.errors.append(f"{text}: {type(error).__name__}: {error}")
         else:
             soak.broken += any(run.ended for run in generation.record.runs)
         soak.sessions += 1
         soak.same += tuple(came) == job.text
-
-
-def _is_beginning(error: Exception) -> bool:
-    """Whether this may be met before a session has begun: its worker cannot be reached."""
-    return type(error).__name__ in ("Unreachable", "LinkDied", "RequestError", "WorkerFailed")
 
 
 async def _break(soak: Soak, line: Line, third: Host, draw: random.Random) -> None:
@@ -256,6 +254,7 @@ async def _watch(soak: Soak, cloud: Host, tell: Tell, end_s: float) -> None:
     start_s, said_s = time.monotonic(), 0.0
     while True:
         at_s = time.monotonic() - start_s
+        gc.collect()  # what only awaits the collector has not leaked
         mine = look(os.getpid(), at_s, len(asyncio.all_tasks()))
         theirs = look(cloud.pid, at_s)
         soak.edge += [mine] if mine else []

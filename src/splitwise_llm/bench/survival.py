@@ -1,4 +1,4 @@
-"""`bench survival`: the fault matrix, what recovery takes, what it costs when nothing fails. It breaks nothing itself."""
+"""`bench survival`: the fault matrix, what recovery takes, and what it costs when nothing fails. It breaks nothing."""
 
 from __future__ import annotations
 

@@ -890,6 +890,7 @@ class Generation:
         for task in self._beside.values():
             task.cancel()
         await asyncio.gather(*self._beside.values(), return_exceptions=True)
+        await self._device.machine.settle()
         self._shares.release()
         await asyncio.to_thread(self._journal.close)  # it waits for the disk
         await asyncio.gather(*(peer.leave() for peer in self._peers.values()), return_exceptions=True)

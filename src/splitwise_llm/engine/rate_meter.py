@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -156,6 +156,7 @@ class RateMeter:
         self._count = 0
         self._estimates: deque[tuple[float, float]] = deque()  # (when, bytes/s), of the last KEEP_S
         self._last: tuple[float, float] | None = None
+        self._told: tuple[Rate, float] | None = None  # and when
         self._seen: tuple[int, float] = (-1, -math.inf)
         self._fit: _Fit | None = None
         self._delay_s = math.nan  # as last known
@@ -176,22 +177,27 @@ class RateMeter:
         self._count += 1
 
     def read(self, now_s: float) -> Rate | None:
-        """What is known at `now_s` (one's own clock); None before enough frames have come to say anything."""
+        """What is known at `now_s` (one's own clock), however long ago it was told; None before enough frames have come
+        to say anything."""
         fit = self._update(now_s)
-        fit = fit if fit is not None and fit.tells_rate else None
-        if fit is not None and fit.is_narrow:
+        if fit is None or not fit.tells_rate:
+            return replace(self._told[0], age_s=max(now_s - self._told[1], 0.0)) if self._told else None
+        rate = self._read(fit, now_s)
+        self._told = rate, now_s - rate.age_s
+        return rate
+
+    def _read(self, fit: _Fit, now_s: float) -> Rate:
+        if fit.is_narrow:
             rate, at_s, is_bound = fit.best, fit.newest_s, False
         elif self._last is not None:
             at_s, rate = self._last
-            is_bound = fit is not None and not fit.low <= rate <= fit.high
-            if fit is not None and is_bound:
+            is_bound = not fit.low <= rate <= fit.high
+            if is_bound:
                 nearest = min(max(rate, fit.low), fit.high)
                 rate, at_s = fit.best if fit.high <= ROUGH * fit.low else nearest, fit.newest_s
-        elif fit is not None:
-            return Rate(fit.low, fit.low, fit.high, max(now_s - fit.newest_s, 0.0), True)
         else:
-            return None
-        lows = [rate, *([fit.low] if fit is not None and fit.is_narrow else [])]
+            return Rate(fit.low, fit.low, fit.high, max(now_s - fit.newest_s, 0.0), True)
+        lows = [rate, *([fit.low] if fit.is_narrow else [])]
         if self._estimates:
             ordered = sorted(value for _, value in self._estimates)
             lows.append(ordered[int(PESSIMIST_Q * (len(ordered) - 1))])

@@ -277,7 +277,7 @@ class Recovery:
         self._settled_s = self._now_s
         self._timers.pop(On.IMPATIENT, None)
         held = isinstance(event, Resumed) and event.held
-        self._tell("back", "back, nothing was lost" if held else "back, what it had lost is rebuilt")
+        self._tell("back", "back, nothing was lost" if held else "back, with nothing of the session left")
 
     def _tell(self, kind: str, text: str) -> None:
         self._out.append(Tell(kind, f"{self.name}: {text}"))

@@ -60,7 +60,7 @@ class Shares:
             self._machine.release((self, partition))
             raise
         if self._next:
-            self._machine.release((self, self._next[0]))
+            self._let_go(self._next)
         self._next = partition, share
         return share
 
@@ -71,7 +71,7 @@ class Shares:
         if self._next and self._next[1] is share:
             if self._used:
                 await self._take_over(share, self._used)
-                self._machine.release((self, self._used[0]))
+                self._let_go(self._used)
             self._used, self._next = self._next, None
         await self._machine.compute(lambda: share.cut(start))
         for half, _, filled in share.held:
@@ -104,10 +104,14 @@ class Shares:
         await self._machine.compute(lambda: _unpacked(share, half, units, start, stop, payload))
 
     def release(self) -> None:
-        """Forget everything."""
+        """Forget everything, at once: runs may be remembered for longer than their caches should take room."""
         for held in filter(None, (self._used, self._next)):
-            self._machine.release((self, held[0]))
+            self._let_go(held)
         self._used = self._next = None
+
+    def _let_go(self, held: tuple[Partition, Share]) -> None:
+        self._machine.release((self, held[0]))
+        held[1].clear()
 
     async def _take_over(self, share: Share, *others: tuple[Partition, Share] | None) -> None:
         def work() -> None:

@@ -128,6 +128,11 @@ class Share:
             if halves is None or half in halves:
                 cache.cut(position)
 
+    def clear(self) -> None:
+        """Let go of caches and weights at once, whoever still holds the share itself."""
+        for held in (self._cache, self._attention, self._ffn):
+            held.clear()
+
     def rows(self, half: int, groups: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Cached keys and values, (groups, positions, head_dim) each. Raises ProtocolError for what is not there."""
         cache = self._cache.get(half)
