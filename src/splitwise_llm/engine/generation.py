@@ -46,6 +46,7 @@ from splitwise_llm.model.tokenizer import TextStream, Tokenizer
 from splitwise_llm.observation import Observation, Occasion, Placement, Policy, Tools
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import DEVICE, Kind
+from splitwise_llm.rebuild import keepers
 from splitwise_llm.records import Prediction, RequestRecord, Status
 from splitwise_llm.wire import messages
 from splitwise_llm.wire.messages import Begun, Close, Closed, Data, Halt, Halted, Open
@@ -415,7 +416,7 @@ class Generation:
         post = Post(DEVICE, plan, extent, filling.links, names)
         walker = Walker(
             plan, self._request, share, self._device.machine, post, ids=self.ids, on_token=self._take,
-            choose=self._choose, kept=self._journal.boundaries,
+            choose=self._choose, kept=self._journal.boundaries, taps=self._taps(decision.partition),
         )  # fmt: skip
         post.keep = walker.keep
         run = Run(decision, walker, post, workers, time.monotonic() - self._account.start_s, why)
@@ -433,6 +434,14 @@ class Generation:
         self._runs.append(run)
         self._before = None
         return run
+
+    def _taps(self, partition: Partition) -> tuple[int, ...]:
+        """Where the device, while it does the work of others, keeps the stream that it would send them: so that nothing
+        of its own is computed again when they take their work back."""
+        home = self.home.partition
+        if partition == home:
+            return ()
+        return tuple(half for half in range(1, 2 * len(home.layers)) if DEVICE in keepers(home, half))
 
     def _note_precision(self, decision: Decision) -> None:
         """Say so when another precision computes or carries from here on: the text is then that of this history, and

@@ -144,6 +144,9 @@ class Walker:
     """All there are; only the device has them."""
     kept: Boundaries | None = None
     """Where residual streams are kept as they cross."""
+    taps: tuple[int, ...] = ()
+    """Halves, ascending, before which the stream is kept though it does not cross: it would, and will again, under
+    another partition."""
     on_token: OnToken | None = None
     """Called on the device for each token, in order."""
     choose: Choose | None = None
@@ -279,13 +282,24 @@ class Walker:
             self.kept.put(half, step.start, step.count, self.plan.decision.wire, payload)
 
     async def _serial(self, one: _Pass, stop: _Stop, stage: Serial) -> Sampled | None:
+        tapped: list[tuple[int, bytes]] = []
+
         def work() -> tuple[Tensor, bytes, int | None]:
-            x = self.share.run(self._residual(one), stage.start, stage.stop, self._at(one))
+            x, at = self._residual(one), self._at(one)
+            start = stage.start
+            for tap in (half for half in self.taps if start < half < stage.stop):
+                x = self.share.run(x, start, tap, at)
+                tapped.append((tap, codec.encode(x, self.plan.decision.wire)))
+                start = tap
+            x = self.share.run(x, start, stage.stop, at)
             if stage.head and one.step.emits:
                 return x, b"", self._choose(self.share.logits(x), one.step.start + one.step.count)
             return (*self._crossed(one, stop, x), None)
 
         x, payload, token = await self._compute(work, one, stop)
+        for half, kept in tapped:
+            if self.kept is not None:
+                self.kept.put(half, one.step.start, one.step.count, self.plan.decision.wire, kept)
         if token is not None:
             return Sampled(token, one.depth)
         await self._send_residual(one, stop, x, payload)
