@@ -182,7 +182,8 @@ def extra_tokens(record: RequestRecord, partition: Partition, lost: int) -> int:
     """Positions that were computed again on a machine that had lost nothing, after machine `lost` had: by the history
     of runs, or as the session itself counted them, whichever is more.
 
-    A fill is counted where it runs attention of others than the lost machine; a run, where it begins before the last
+    A fill is counted where it runs attention of others than the lost machine, its last half apart, in which only those
+    take part who lack it; a run, where it begins before the last
     known id though others than the lost machine have attention. Nothing counts before the first token: of a prefill
     that was broken off, nobody has anything whole.
     """
@@ -191,7 +192,7 @@ def extra_tokens(record: RequestRecord, partition: Partition, lost: int) -> int:
     for run in record.runs[1:]:
         if (fill := _FILL.match(run.why)) is not None:
             first, stop, start, context = map(int, fill.groups())
-            again += (context - start) * any(first <= half < stop for half in keep)
+            again += (context - start) * any(first <= half < stop - 1 for half in keep)
         elif keep and run.known > record.prompt_tokens:
             again += max(run.known - 1 - run.start, 0)
     return max(again, record.recomputed_tokens)

@@ -207,7 +207,9 @@ class _Device:
             known = self.view.figures(now_s)
             self.read_s.append(time.perf_counter() - begun_s)
             heard_s = self.crossed[-1][0] if self.crossed else -math.inf
-            size = budget.due(now_s, known.pessimistic.up_bytes_per_s, heard_s, wants_rate=known.up_is_bound)
+            hurry = self.view.is_stirred(now_s)
+            rate = known.pessimistic.up_bytes_per_s
+            size = budget.due(now_s, rate, heard_s, wants_rate=known.up_is_bound, hurry=hurry)
             if size is not None:
                 self.probe_bytes += size
                 stamp = self._pings.sent(now_s, self._link.sent_bytes, self._link.received_bytes)

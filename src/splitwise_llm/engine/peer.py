@@ -269,7 +269,7 @@ class Peer:
             figures = self._figures or view.figures(now_s)  # a new fit takes a millisecond: once per answer
             rate = min(figures.fast.up_bytes_per_s, figures.fast.down_bytes_per_s)
             wants_rate = figures.up_is_bound or figures.down_is_bound
-            size = budget.due(now_s, rate, self.link.received_at_s, wants_rate=wants_rate)
+            size = budget.due(now_s, rate, self.link.received_at_s, wants_rate=wants_rate, hurry=view.is_stirred(now_s))
             if size is not None:
                 self.ping(max(size - PING_WIRE_BYTES, 0))
 

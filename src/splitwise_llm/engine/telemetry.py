@@ -34,6 +34,9 @@ PING_WIRE_BYTES = 60
 
 PROBE_SHARE, SILENCE_S, PING_EVERY_S, PROBE_EVERY_S = 0.01, 0.25, 0.1, 1.0
 MAX_PROBE_BYTES = 64 * 2**10
+CALM_EVERY_S, STIRRED_S, STIR_FACTOR = 0.4, 2.0, 1.5
+"""Pings while nothing changes; how long after a change they are frequent; by how much a round trip, queues included,
+has to change for that."""
 
 CLASS_FACTOR = 2.0
 """A figure that has doubled or halved is in another class; the simulator's classes of a link lie 4 to 5 apart in
@@ -247,6 +250,8 @@ class LinkView:
     def __init__(self, prior: LinkSpec, source: str) -> None:
         self.down, self.rtt = RateMeter(), RttFilter()
         self._prior, self._source = prior, source
+        self._trips = ClassWatch((RTT_FLOOR_S,), STIR_FACTOR)
+        self._stirred_s = -math.inf
         self._up: Rate | None = None
         self._up_at_s = 0.0
 
@@ -260,6 +265,8 @@ class LinkView:
         The sum of both directions' delays is an RTT without queues, whatever was in front of whom; where both are
         known it counts instead, but never for more than the round trip took.
         """
+        if self._trips.changed((rtt_s,)) or math.isinf(self._stirred_s):
+            self._stirred_s = now_s
         if advert is not None and advert.up is not None:
             self._up, self._up_at_s = advert.up, now_s
         down_s = self.down.delay_s(now_s)
@@ -267,6 +274,10 @@ class LinkView:
             self.rtt.add(now_s, rtt_s, ahead_bytes)
         else:
             self.rtt.add(now_s, min(max(advert.up_delay_s + down_s, 0.0), rtt_s))
+
+    def is_stirred(self, now_s: float) -> bool:
+        """Whether round trips have changed lately, or are few yet."""
+        return now_s - self._stirred_s < STIRRED_S
 
     def figures(self, now_s: float) -> LinkFigures:
         """What is known at `now_s`."""
@@ -298,11 +309,14 @@ class ProbeBudget:
         self._bytes, self._at_s = 0.0, now_s
         self._pinged_s, self._probed_s = -math.inf, now_s
 
-    def due(self, now_s: float, bytes_per_s: float, heard_s: float, *, wants_rate: bool = False) -> int | None:
+    def due(
+        self, now_s: float, bytes_per_s: float, heard_s: float, *, wants_rate: bool = False, hurry: bool = True
+    ) -> int | None:
         """Bytes on the wire of the ping to send now, None for none; what is returned counts as sent.
 
         `bytes_per_s`: the rate of the direction as far as known. `heard_s`: when the peer was last heard.
-        `wants_rate`: that rate is only a bound; then once a second the ping is as large as the budget allows.
+        `wants_rate`: that rate is only a bound; then once a second the ping is as large as the budget allows. Without
+        `hurry` (nothing has changed lately) pings are fewer: each costs its two ends a look at what has arrived.
         """
         earned = max(now_s - self._at_s, 0.0) * PROBE_SHARE * bytes_per_s
         most = PROBE_EVERY_S * PROBE_SHARE * bytes_per_s  # saved or owed
@@ -312,7 +326,8 @@ class ProbeBudget:
         if wants_rate and now_s - self._probed_s >= PROBE_EVERY_S and self._bytes >= 2 * PING_WIRE_BYTES:
             size, self._probed_s = int(min(self._bytes, MAX_PROBE_BYTES)), now_s
         else:
-            affords = now_s - self._pinged_s >= PING_EVERY_S and self._bytes >= PING_WIRE_BYTES
+            every_s = PING_EVERY_S if hurry else CALM_EVERY_S
+            affords = now_s - self._pinged_s >= every_s and self._bytes >= PING_WIRE_BYTES
             if affords or now_s - max(heard_s, self._pinged_s) >= SILENCE_S:
                 size = PING_WIRE_BYTES
         if size is not None:

@@ -28,11 +28,12 @@ Item = TypeVar("Item")
 class LinkClock:
     """Seconds since a link came up, without those in which it was taken down by hand.
 
-    For one event loop. It holds a thread from the first sleep until `close`.
+    For one event loop. It holds a thread from the first sleep until `close`. It shows `start_s` at first, so that a
+    recording can be entered anywhere.
     """
 
-    def __init__(self) -> None:
-        self._zero_s = time.monotonic()
+    def __init__(self, start_s: float = 0.0) -> None:
+        self._zero_s = time.monotonic() - start_s
         self._down_since_s: float | None = None
         self._up = asyncio.Event()
         self._up.set()
