@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The table and the figure of docs/live.md, from an empty machine; about a quarter of an hour. The recorded link is not in
+# The table and the figure of docs/live.md, from an empty machine; about 20 minutes. The recorded link is not in
 # the repository: mahimahi's ATT-LTE-driving (github.com/ravinet/mahimahi, traces/), in SPLITWISE_DATA/net/mahimahi. Run
 # nothing else meanwhile: device and worker are processes of this machine.
 set -euo pipefail

@@ -39,9 +39,9 @@ def draw_follow(data: Mapping[str, Any], file: Path) -> None:
                 for why, style in (("moves", "^"), ("faults", "v")):
                     some = [(one["trace_s"], one["total_s"]) for one in ones if one[why]]
                     if some:
-                        below.plot(*zip(*some, strict=True), style, color=colour, markersize=3, label=f"with {why}")
+                        below.plot(*zip(*some, strict=True), style, color=colour, markersize=3, label=f"drift, {why}")
         below.set_ylabel("from asking to the last token, s")
         below.set_xlabel("second of the recording; shaded: nothing got through for a second or longer")
-        below.set_ylim(bottom=0)
+        below.set_ylim(0, 1.12 * max(one["total_s"] for one in data["served"] if one["contender"] in ("drift", best)))
         below.legend(frameon=False, ncols=4, loc="upper left")
         figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None, dpi=110)
