@@ -257,14 +257,15 @@ def test_writing_to_a_server_that_has_gone_ends_the_connection() -> None:
 
 def test_nobody_behind_the_proxy_ends_the_connection_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as reserved:
+        with socket.socket() as reserved:  # taken, and nobody listens
+            reserved.bind(("127.0.0.1", 0))
             port = reserved.getsockname()[1]
-        async with (
-            await run_proxy("127.0.0.1:0", f"127.0.0.1:{port}", LinkShape()) as proxy,
-            client(proxy) as (reader, _),
-        ):
-            with contextlib.suppress(ConnectionResetError):
-                assert await reader.read(1) == b""
+            async with (
+                await run_proxy("127.0.0.1:0", f"127.0.0.1:{port}", LinkShape()) as proxy,
+                client(proxy) as (reader, _),
+            ):
+                with contextlib.suppress(ConnectionResetError):
+                    assert await reader.read(1) == b""
         assert f"nobody answers at 127.0.0.1:{port}" in caplog.text
 
     with caplog.at_level(logging.WARNING):

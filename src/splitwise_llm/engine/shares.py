@@ -27,6 +27,7 @@ class Shares:
         self._machine, self._name, self._number, self._capacity = machine, name, number, capacity
         self._used: tuple[Partition, Share] | None = None
         self._next: tuple[Partition, Share] | None = None
+        self._given_up: list[Share] = []
 
     @property
     def cached(self) -> Cached:
@@ -60,7 +61,8 @@ class Shares:
             self._machine.release((self, partition))
             raise
         if self._next:
-            self._let_go(self._next)
+            self._machine.release((self, self._next[0]))
+            self._given_up.append(self._next[1])  # perhaps it is being filled; nothing is any more when a run begins
         self._next = partition, share
         return share
 
@@ -111,7 +113,9 @@ class Shares:
 
     def _let_go(self, held: tuple[Partition, Share]) -> None:
         self._machine.release((self, held[0]))
-        held[1].clear()
+        for share in (held[1], *self._given_up):
+            share.clear()
+        self._given_up.clear()
 
     async def _take_over(self, share: Share, *others: tuple[Partition, Share] | None) -> None:
         def work() -> None:
