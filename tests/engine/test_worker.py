@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -295,8 +296,9 @@ def edge_to(checkpoint: Checkpoint, machine: Machine, serve: Callable[[Link], ob
         near, far = memory_pair(("device", "cloud"))
 
         async def run() -> None:
-            await serve(far)  # type: ignore[misc]
-            await far.close()
+            with suppress(LinkDied):  # the device breaks a dead link off
+                await serve(far)  # type: ignore[misc]
+                await far.close()
 
         tasks.add(asyncio.create_task(run()))
         return near

@@ -160,8 +160,11 @@ class Peer:
             link.on_arrival = self.view.on_arrival
         try:
             return link, await greet(link, self._fingerprint, echoes)
-        except BaseException:
-            await link.break_off("nobody greeted in time")
+        except BaseException as error:
+            if isinstance(error, SplitwiseError) and not isinstance(error, LinkDied):
+                await link.close()  # it is there, and is no use
+            else:
+                await link.break_off("nobody greeted in time")
             raise
 
     async def open(self, opening: Open) -> None:
