@@ -169,6 +169,8 @@ class Status:
     """Where things stand with each, as in docs/recovery.md; `not met` where nobody ever answered."""
     journal: str
     """Where it is kept; why it no longer is; or `in memory`."""
+    journal_path: str
+    """The file from which another process can go on; empty where there is none."""
     joules: float | None
     joules_from: str
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from splitwise_llm.engine.generation import Generation
     from splitwise_llm.records import RequestRecord
 
-QUIET_EVENTS = ("fill", "carry", "attempt")
+QUIET_EVENTS = ("fill", "carry", "attempt", "unreached")
 """What is told only with --explain; the record has it all."""
 
 
@@ -73,7 +74,8 @@ def generate(
         typer.Option(help="Replay recorded rates on a link, as cloud=walk.csv.gz (FILE:cut leaves out gaps)."),
     ] = None,
     fault: Annotated[
-        list[str] | None, typer.Option(help="Break a link, as 'cloud=drop-both after=2s for=3s'; see docs/recovery.md.")
+        list[str] | None,
+        typer.Option(help="Break a link, as 'cloud=drop-both after=2s for=3s'; kinds and units: docs/recovery.md."),
     ] = None,
     link_rate: Annotated[
         list[str] | None,
@@ -109,10 +111,11 @@ def generate(
 
     said = {
         "model": _absolute(model), "machine": machine or [], "partition": partition, "policy": policy, "floor": floor,
-        "allow_lossy": allow_lossy, "wire": wire, "chunk": chunk, "link": link or [], "trace": trace or [],
+        "allow_lossy": allow_lossy, "wire": wire, "chunk": chunk, "link": [_settled(one) for one in link or []],
+        "trace": [_settled(one) for one in trace or []],
         "fault": fault or [], "link_rate": link_rate or [], "direct": direct or [],
         "patience": None if patience is None else str(patience),
-        "shadow": shadow, "give_up": give_up, "dtype": dtype, "weights": weights, "threads": threads,
+        "shadow": shadow, "give_up": str(give_up), "dtype": dtype, "weights": weights, "threads": threads,
         "memory": memory, "emulate": _absolute(emulate), "profile": _absolute(profile),
         "tls": _absolute(str(tls)) if tls else "",
     }  # fmt: skip
@@ -148,11 +151,18 @@ def resume(
     from splitwise_llm.engine.journal import read_journal
 
     saved = read_journal(journal)
-    if saved.finished:
-        raise JournalError(f"{journal}: this answer is complete ({saved.finished}); there is nothing to go on with")
     said = dict(saved.entry.options)
     if not said.get("model"):
         raise JournalError(f"{journal}: it was not kept by `splitwise generate`; go on with `Edge.resume`")
+    if saved.finished:
+        from splitwise_llm.model.checkpoint import locate
+        from splitwise_llm.model.tokenizer import Tokenizer
+
+        print(Tokenizer(locate(str(said["model"]))).decode([token.id for token in saved.tokens]))
+        if not quiet:
+            note(f"{journal}: this answer is complete ({saved.finished})")
+        return
+    said["fault"] = []  # what was broken on purpose was the other process's
     if machine:
         names = list(pairs(_words(said["machine"]), "--machine", "cloud=127.0.0.1:7070"))
         given = pairs(machine, "--machine", "cloud=127.0.0.1:7070")
@@ -169,7 +179,7 @@ def resume(
                 journal, asked.decides(edge), called=asked.policy_name, limits=asked.limits, tools=asked.tools,
                 rules=asked.rules,
             )  # fmt: skip
-            print(generation.text, end="", flush=True)
+            print(generation.certain, end="", flush=True)
             await _show(generation, asked, json_file, quiet)
 
     run(work, json_file)
@@ -200,7 +210,7 @@ class _Asked:
     def rules(self) -> RecoveryRules:
         from splitwise_llm.engine.backoff import RecoveryRules
 
-        return RecoveryRules(budget_s=self.said["give_up"])
+        return RecoveryRules(budget_s=float(self.said["give_up"]))
 
     def edge(self) -> Edge:
         """The device's end, with its ways to the workers. Raises UserError."""
@@ -263,6 +273,9 @@ async def _show(generation: Generation, asked: _Asked, json_file: Path | None, q
                 print(token.text, end="", flush=True)
         finally:
             print()
+            path = generation.status.journal_path
+            if path and not generation.is_complete and not quiet:
+                note(f"`splitwise resume {path}` goes on from here")
     record = generation.record
     write_json(json_file, record.to_dict())
     if not quiet:
@@ -289,6 +302,17 @@ def _summary(record: RequestRecord) -> str:
 def _absolute(place: str) -> str:
     """A path that still leads there from elsewhere; what is no path stays."""
     return str(Path(place).resolve()) if place and Path(place).exists() else place
+
+
+def _settled(option: str) -> str:
+    """A `name=...` option with its files by their full paths: `name=FILE`, `name=FILE:cut`, `name=... rate=FILE`."""
+    name, _, rest = option.partition("=")
+    words = []
+    for word in shlex.split(rest):
+        key, equals, value = word.partition("=") if "=" in word else ("", "", word)
+        file, colon, how = value.partition(":")
+        words.append(key + equals + (_absolute(file) + colon + how if Path(file).is_file() else value))
+    return f"{name}={shlex.join(words)}"
 
 
 def _words(said: object) -> list[str]:

@@ -128,8 +128,8 @@ class Generation:
         )
         self._tokens: asyncio.Queue[Token | None] = asyncio.Queue()
         self._stream = TextStream(device.tokenizer)
-        for token in journal.tokens:
-            self._stream.push(token)
+        self.certain = "".join(self._stream.push(token) for token in journal.tokens)
+        """The text that another process's tokens make certain; what they leave open comes with the next token."""
         self._driving: asyncio.Task[None] | None = None
         self._moving: asyncio.Task[None] | None = None
         self._beside: dict[str, asyncio.Task[None]] = {}
@@ -152,6 +152,10 @@ class Generation:
         """Ids there were when this process began with it."""
         self._is_fresh = self._begun_at == request.prompt_tokens
         self._failures: tuple[int, int] = (0, 0)
+        self._misses: list[int] = []
+        """Machines that a session needed when it was gone on with, and that did not answer."""
+        self._gone: dict[int, str] = {}
+        """Why machines were given up."""
         self._precision = ""
         self._refused_s: float | None = None
         """Since when the session has waited for room somewhere."""
@@ -197,6 +201,11 @@ class Generation:
         return self._device.tokenizer.decode(list(self._journal.tokens))
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the last token is there."""
+        return bool(self._journal.finished)
+
+    @property
     def is_degraded(self) -> bool:
         """Whether something that should be there is not: a machine of the decision that was made, or the journal."""
         wanted = {*self.home.partition.machines, *self.decision.partition.machines} - {DEVICE}
@@ -215,6 +224,7 @@ class Generation:
             is_degraded=self.is_degraded,
             workers={peer.name: peer.state or "not met" for peer in self._peers.values()},
             journal=journal.failed or (str(journal.path) if journal.path else "in memory"),
+            journal_path=str(journal.path) if journal.path and not journal.failed else "",
             joules=None if joules is None or start_j is None else joules - start_j,
             joules_from=source,
         )
@@ -231,11 +241,13 @@ class Generation:
                 await asyncio.wait(late)  # it takes somebody who has not answered yet
                 self._decide()
             run = None
-            if not self._is_over:
+            if not self._is_over and not self._misses:
                 await self._open_sessions(self.decision.partition)
                 run = await self._begin("admission" if self._is_fresh else "resume", first=True)
         except BaseException:
             await self._leave()
+            if self._is_fresh:
+                self._journal.discard()  # nothing is lost, and the next try may have the name
             raise
         self._account.start_s = time.monotonic()
         self._account.start_j = self._device.machine.joules[0]
@@ -335,7 +347,11 @@ class Generation:
         self._controller.check(decision)
         for number in decision.partition.machines:
             if number != DEVICE and number not in greeted:
-                raise self.unreachable[self._device.names[number]]
+                missing = self.unreachable[self._device.names[number]]
+                if self._is_fresh or not isinstance(missing, Unreachable | LinkDied):
+                    raise missing
+                self._misses.append(number)  # a session that goes on waits for it, or does without
+                self._peers[number].miss(self._opening(number), missing)
         if self._choose and decision.partition.head != DEVICE:
             raise RequestError("tokens can only be chosen here where the head is on the device: add head=edge")
         self.decision = self.home = decision
@@ -774,11 +790,12 @@ class Generation:
                 for number in down:
                     self._peers[number].elsewhere(f"as {where}")
                 self._tell("failed-over", f"going on as {where}")
+                self._account.is_degraded = True
                 self.decision = fallback
                 return
             if fallback is None:
                 if all(self._peers[n].is_gone for n in down):
-                    raise error
+                    raise self._given_up(down, error) from error
                 if not told:
                     names = ", ".join(self._device.names[n] for n in down)
                     self._tell("waiting", f"no partition without {names} is possible; waiting for it")
@@ -788,6 +805,14 @@ class Generation:
                     await self._changed.wait()
                     continue
             self._ask_again(down)
+
+    def _given_up(self, down: Sequence[int], error: SplitwiseError) -> LinkDied:
+        """What to say when nothing can be done any more."""
+        why = "; ".join(self._gone.get(n, f"{self._device.names[n]} is gone") for n in down)
+        kept = f"{self._tokens_out} tokens are there"
+        if self._journal.path is not None and not self._journal.failed:
+            kept += f", and `splitwise resume {self._journal.path}` goes on from them"
+        return LinkDied(f"{why}. Nothing else can go on with the answer ({kept}). First of all: {error}")
 
     def _ask_again(self, down: Sequence[int]) -> None:
         """What a worker had no room for it may have room for now. Raises the refusal once the time for attempts is
@@ -853,6 +878,11 @@ class Generation:
         """A worker came back, is given up, or was waited for long enough."""
         if why == "patience":
             self._impatient.add(number)
+        if why == "gone":
+            self._gone[number] = self._journal.events[-1].text
+        greeted = self._peers[number].greeted
+        if greeted is not None:
+            self._controller.greeted.setdefault(number, greeted)
         if why in ("return", "back"):
             self._controller.note(Occasion.RETURN)
             if self._goes_home:
@@ -902,4 +932,5 @@ class Generation:
         await self._device.machine.settle()
         self._shares.release()
         await asyncio.to_thread(self._journal.close)  # it waits for the disk
-        await asyncio.gather(*(peer.leave() for peer in self._peers.values()), return_exceptions=True)
+        for_good = bool(self._journal.finished) or self._journal.path is None
+        await asyncio.gather(*(peer.leave(for_good) for peer in self._peers.values()), return_exceptions=True)

@@ -255,6 +255,12 @@ class Journal:
         if self._file:
             self._file.close()
 
+    def discard(self) -> None:
+        """Remove the file of a session that never began; nothing where there is none."""
+        self.close()
+        if self._file:
+            self._file.path.unlink(missing_ok=True)
+
     def _now(self, record: _R) -> _R:
         return msgspec.structs.replace(record, at_s=self.now_s)
 

@@ -154,6 +154,13 @@ class Peer:
             self.view.rtt.add(time.monotonic(), self.greeted.rtt_s)
             self._spawn(self._probe(self.view))
 
+    def miss(self, opening: Open, error: SplitwiseError) -> None:
+        """It did not answer at all, and the session needs it: it is tried again like one that was lost."""
+        self.opening = opening
+        self._recovery = Recovery(self.name, self._rules, random.Random(), time.monotonic())
+        self._spawn(self._tend())
+        self._on(signals.Died(str(error)))
+
     async def _dial(self, echoes: int) -> tuple[Sequenced, Greeted]:
         link = Sequenced(await self._connect(self.name))
         if self.view is not None:
@@ -187,9 +194,10 @@ class Peer:
         streams = ((one.half, start, stop) for one in said.streams for start, stop in one.spans)
         self.held = Held.of(((one.half, one.units, one.filled) for one in said.held), streams)
 
-    async def leave(self) -> None:
-        """Close the link and end whatever is going on; a session that was not closed yet is over there, too."""
-        if self.is_open:
+    async def leave(self, for_good: bool = True) -> None:
+        """Close the link and end whatever is going on. A session that was not closed yet is over there, too, unless
+        somebody may come back for it."""
+        if self.is_open and for_good:
             await self._quietly(partial(self.send, Close()))
         link, self.link = self.link, None
         for future in self._waiting.values():
@@ -352,7 +360,17 @@ class Peer:
         if link is not None:
             self._discard(link)
         self._owner.lost(self.number, error)
-        self._on(signals.Died(str(error), number))
+        self._on(self._loss(error, number))
+
+    def _loss(self, error: SplitwiseError, number: int | None) -> signals.Event:
+        """What the end of a link says: a worker that refuses the session says when to come back, or that there is no
+        use in it."""
+        if number and self.state in (State.RESYNCING, State.RETURNING):
+            if isinstance(error, WorkerFailed):
+                return signals.Unreached(number, str(error), error.retry_after_s)
+            if isinstance(error, UserError | PeerMismatch):
+                return signals.Mismatch(number, str(error))
+        return signals.Died(str(error), number)
 
     # The way back
 

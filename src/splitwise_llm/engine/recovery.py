@@ -254,7 +254,10 @@ class Recovery:
         else:
             at_s = self._now_s + rules.delay_s(self._failures, self._now_s - self._began_s, draw)
         self._failures += 1
-        if at_s > self._trouble_s + rules.budget_s:
+        end_s = self._trouble_s + rules.budget_s
+        if asked_s is None and self._now_s + rules.floor_s <= end_s < at_s:
+            at_s = end_s  # the last attempt, when the time is up and not before
+        if at_s > end_s:
             self._spent = True
             return
         self._timers[On.DUE] = at_s
