@@ -268,7 +268,7 @@ def test_nobody_behind_the_proxy_ends_the_connection_and_is_said(caplog: pytest.
                     assert await reader.read(1) == b""
         assert f"nobody answers at 127.0.0.1:{port}" in caplog.text
 
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "splitwise_llm.wire.proxy"):  # the demo quiets it
         run(scenario)
 
 
