@@ -633,3 +633,16 @@ def test_the_page_holds_the_table_of_the_code() -> None:
     page = (Path(__file__).parents[2] / "docs/recovery.md").read_text()
     assert table() in page, "run `python -m splitwise_llm.engine.transitions docs/recovery.md`"
     assert with_table(page) == page
+
+
+def test_the_last_attempt_is_made_when_the_time_is_up_and_not_before() -> None:
+    rules = RecoveryRules(budget_s=3.0)
+    for seed in range(20):
+        recovery = Recovery("cloud", rules, random.Random(seed), 0.0)
+        recovery.on(Died("reset"), 10.0)
+        dials = []
+        while recovery.state is not State.GONE:
+            attempt, now_s = until_dial(recovery)
+            dials.append(now_s)
+            recovery.on(Unreached(attempt, "refused"), now_s)
+        assert dials[-1] == pytest.approx(13.0, abs=rules.floor_s)

@@ -10,14 +10,19 @@ from pathlib import Path
 import pytest
 
 from splitwise_llm.bench.in_process import in_process
+from splitwise_llm.cli.generate import _settled_file, _settled_link
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine.backoff import RecoveryRules
+from splitwise_llm.engine.boundaries import Boundaries
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.generation import Generation
+from splitwise_llm.engine.journal import Entry, Journal
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.errors import LinkDied, Unreachable
-from splitwise_llm.model.checkpoint import Checkpoint
+from splitwise_llm.model.checkpoint import Checkpoint, locate
+from splitwise_llm.model.tokenizer import Tokenizer
 from splitwise_llm.wire.link import Link
+from splitwise_llm.wire.messages import PROTOCOL_VERSION
 
 PROMPT, CUT, TOKENS = [3, 1, 4, 1, 5], "edge[0:2] cloud[2:4]", 12
 SMALL_BYTES = 400_000
@@ -89,3 +94,43 @@ def test_a_session_that_never_began_leaves_no_journal(tiny: Callable[[str], Path
         assert not (tmp_path / "j").exists()
 
     asyncio.run(asyncio.wait_for(play(), 30))
+
+
+def test_a_character_that_was_cut_in_two_is_left_to_the_next_token(tmp_path: Path) -> None:
+    text = "Prince 日本 é 😀"
+    directory = locate("bundled")
+    checkpoint, tokenizer = Checkpoint(directory), Tokenizer(directory)
+    ids = tokenizer.encode(text)
+    cut = [n for n in range(len(ids)) if "\ufffd" in tokenizer.decode(ids[:n])]
+    assert cut
+    with Machine(checkpoint) as machine, Edge(machine) as edge:
+        for n in cut:
+            path = tmp_path / str(n)
+            entry = Entry("s", checkpoint.fingerprint, PROTOCOL_VERSION, (1,), len(ids))
+            journal = Journal.create(path, entry, Boundaries(machine.spec.d_model, 1 << 20))
+            for token in ids[:n]:
+                journal.token(token)
+            journal.close()
+            certain = edge.resume(path).certain
+            assert "\ufffd" not in certain
+            assert text.startswith(certain)
+
+
+@pytest.mark.parametrize(
+    ("settle", "said", "kept"),
+    [
+        (_settled_file, "cloud={0}", "cloud={0}"),
+        (_settled_file, "cloud={0}:cut", "cloud={0}:cut"),
+        (_settled_file, "cloud=nofile", "cloud=nofile"),
+        (_settled_link, "cloud=rtt=20ms up='{0}:cut' down=5mbit", "cloud=rtt=20ms 'up={0}:cut' down=5mbit"),
+        (_settled_link, "cloud=rtt='20ms", "cloud=rtt='20ms"),
+        (_settled_link, "cloud", "cloud"),
+    ],
+)
+def test_files_of_links_are_found_from_another_directory(
+    settle: Callable[[str], str], said: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a walk.csv"
+    file.write_text("0 1\n")
+    monkeypatch.chdir(tmp_path)
+    assert settle(said.format("a walk.csv")) == kept.format(file)

@@ -111,8 +111,8 @@ def generate(
 
     said = {
         "model": _absolute(model), "machine": machine or [], "partition": partition, "policy": policy, "floor": floor,
-        "allow_lossy": allow_lossy, "wire": wire, "chunk": chunk, "link": [_settled(one) for one in link or []],
-        "trace": [_settled(one) for one in trace or []],
+        "allow_lossy": allow_lossy, "wire": wire, "chunk": chunk, "link": [_settled_link(one) for one in link or []],
+        "trace": [_settled_file(one) for one in trace or []],
         "fault": fault or [], "link_rate": link_rate or [], "direct": direct or [],
         "patience": None if patience is None else str(patience),
         "shadow": shadow, "give_up": str(give_up), "dtype": dtype, "weights": weights, "threads": threads,
@@ -304,15 +304,21 @@ def _absolute(place: str) -> str:
     return str(Path(place).resolve()) if place and Path(place).exists() else place
 
 
-def _settled(option: str) -> str:
-    """A `name=...` option with its files by their full paths: `name=FILE`, `name=FILE:cut`, `name=... rate=FILE`."""
-    name, _, rest = option.partition("=")
-    words = []
-    for word in shlex.split(rest):
-        key, equals, value = word.partition("=") if "=" in word else ("", "", word)
-        file, colon, how = value.partition(":")
-        words.append(key + equals + (_absolute(file) + colon + how if Path(file).is_file() else value))
-    return f"{name}={shlex.join(words)}"
+def _settled_file(option: str) -> str:
+    """`name=FILE` or `name=FILE:cut` with the file's full path."""
+    name, equals, rest = option.partition("=")
+    file, colon, how = rest.rpartition(":") if rest.endswith(":cut") else (rest, "", "")
+    return name + equals + _absolute(file) + colon + how
+
+
+def _settled_link(option: str) -> str:
+    """`name=rtt=... rate=FILE ...` with files by their full paths; what cannot be read stays for who refuses it."""
+    name, equals, rest = option.partition("=")
+    try:
+        words = [_settled_file(word) for word in shlex.split(rest)]
+    except ValueError:
+        return option
+    return name + equals + shlex.join(words)
 
 
 def _words(said: object) -> list[str]:

@@ -176,7 +176,10 @@ class Filling:
         finally:
             walking.cancel()
             await asyncio.gather(walking, return_exceptions=True)
-            if any(not future.done() for future in filled):
+            undone = [future for future in filled if not future.done()]
+            for future in undone:
+                future.cancel()
+            if undone:
                 for number in workers:
                     with suppress(PeerError):
                         await self.peers[number].send(Halt(extent.run, at_once=True))

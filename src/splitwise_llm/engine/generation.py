@@ -299,6 +299,8 @@ class Generation:
             if isinstance(error, SplitwiseError):
                 self.unreachable[peer.name] = error
             elif error is not None:
+                for other in meeting.values():
+                    other.cancel()
                 raise error
             if begins_alone and isinstance(error, Unreachable | LinkDied):
                 self._beside[f"greet {peer.name}"] = self._start("greet", self._greet_late(peer, task))

@@ -234,7 +234,14 @@ class Peer:
         self._waiting[kind, run] = future
         if self.link is None:
             future.set_exception(LinkDied(f"there is no link to {self.name}"))
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+        def done(_: asyncio.Future[Answer]) -> None:
+            if self._waiting.get((kind, run)) is future:
+                del self._waiting[kind, run]
+            if not future.cancelled():
+                future.exception()  # taken here: perhaps nobody waits any more
+
+        future.add_done_callback(done)
         return future
 
     async def ask(self, header: Header, kind: type[Header], run: int = 0) -> Answer:
@@ -464,11 +471,11 @@ class Peer:
             if self.opening is not None:
                 answer, _ = await self.ask(self.opening, Opened)
                 known = self._opened(answer)
-            self._on(signals.Resumed(known, number))
         except SplitwiseError as error:
-            if self.link is link:
-                after_s = error.retry_after_s if isinstance(error, WorkerFailed) else None
-                self._on(signals.Unreached(number, str(error), after_s))
+            if self.link is link:  # else its end has been told already
+                self._on(self._loss(error, number))
+            return
+        self._on(signals.Resumed(known, number))
         self._owner.asked(self.number, "back")
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
