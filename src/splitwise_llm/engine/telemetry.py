@@ -35,8 +35,12 @@ PING_WIRE_BYTES = 60
 PROBE_SHARE, SILENCE_S, PING_EVERY_S, PROBE_EVERY_S = 0.01, 0.25, 0.1, 1.0
 MAX_PROBE_BYTES = 64 * 2**10
 CALM_EVERY_S, STIRRED_S, STIR_FACTOR = 0.4, 2.0, 1.5
-"""Pings while nothing changes; how long after a change they are frequent; by how much a round trip, queues included,
-has to change for that."""
+"""Pings while nothing changes; how long after a change they are frequent; by how much round trips, queues included,
+have to change for that."""
+
+DOUBT_S, DOUBT_TRIPS = 0.25, 3
+"""One round trip that has changed makes pings frequent for so long; a change is what most of so many have. A single
+late one is mostly a reader who was away."""
 
 CLASS_FACTOR = 2.0
 """A figure that has doubled or halved is in another class; the simulator's classes of a link lie 4 to 5 apart in
@@ -250,8 +254,9 @@ class LinkView:
     def __init__(self, prior: LinkSpec, source: str) -> None:
         self.down, self.rtt = RateMeter(), RttFilter()
         self._prior, self._source = prior, source
-        self._trips = ClassWatch((RTT_FLOOR_S,), STIR_FACTOR)
-        self._stirred_s = -math.inf
+        self._trips: deque[float] = deque(maxlen=DOUBT_TRIPS)
+        self._usual = ClassWatch((RTT_FLOOR_S,), STIR_FACTOR)
+        self._stirred_until_s = -math.inf
         self._up: Rate | None = None
         self._up_at_s = 0.0
 
@@ -265,8 +270,11 @@ class LinkView:
         The sum of both directions' delays is an RTT without queues, whatever was in front of whom; where both are
         known it counts instead, but never for more than the round trip took.
         """
-        if self._trips.changed((rtt_s,)) or math.isinf(self._stirred_s):
-            self._stirred_s = now_s
+        self._trips.append(rtt_s)
+        if math.isinf(self._stirred_until_s) or self._usual.changed((median_low(self._trips),)):
+            self._stirred_until_s = now_s + STIRRED_S
+        elif self._usual.differs((rtt_s,)):
+            self._stirred_until_s = max(self._stirred_until_s, now_s + DOUBT_S)
         if advert is not None and advert.up is not None:
             self._up, self._up_at_s = advert.up, now_s
         down_s = self.down.delay_s(now_s)
@@ -277,7 +285,7 @@ class LinkView:
 
     def is_stirred(self, now_s: float) -> bool:
         """Whether round trips have changed lately, or are few yet."""
-        return now_s - self._stirred_s < STIRRED_S
+        return math.isinf(self._stirred_until_s) or now_s < self._stirred_until_s
 
     def figures(self, now_s: float) -> LinkFigures:
         """What is known at `now_s`."""
@@ -346,15 +354,23 @@ class ClassWatch:
         self._floors, self._factor = tuple(floors), factor
         self._announced: tuple[float, ...] | None = None
 
+    def differs(self, figures: Sequence[float]) -> bool:
+        """Whether these (in a fixed order) are of another class than those announced; the first never are."""
+        before, now = self._announced, self._raised(figures)
+        within = before is None or all(
+            a / self._factor < b < a * self._factor for a, b in zip(before, now, strict=True)
+        )
+        return not within
+
     def changed(self, figures: Sequence[float]) -> bool:
-        """Whether to announce these (in a fixed order); if so they are what later ones are compared with. The first
-        are not a change."""
-        now = tuple(max(figure, floor) for figure, floor in zip(figures, self._floors, strict=True))
-        before, self._announced = self._announced, self._announced or now
-        if before is None or all(a / self._factor < b < a * self._factor for a, b in zip(before, now, strict=True)):
-            return False
-        self._announced = now
-        return True
+        """Whether to announce these; if so they are what later ones are compared with. The first are not a change."""
+        differs = self.differs(figures)
+        if differs or self._announced is None:
+            self._announced = self._raised(figures)
+        return differs
+
+    def _raised(self, figures: Sequence[float]) -> tuple[float, ...]:
+        return tuple(max(figure, floor) for figure, floor in zip(figures, self._floors, strict=True))
 
 
 def link_watch(factor: float = CLASS_FACTOR) -> ClassWatch:
