@@ -307,7 +307,7 @@ def _unlikely(errors: Floats, delays: Floats, delay_before_s: float) -> Floats:
     infinite (density as `(1 + error / noise)^-2`): one frame that is very late must not look like a slow link, and a
     delay that changes is likelier than one that changes by a lot."""
     middle = errors.shape[1] // 2  # `np.median` takes three times as long
-    noise_s = NOISE_S + float(np.partition(errors, middle, axis=1)[:, middle].min())  # if the best rate is the right one
+    noise_s = NOISE_S + float(np.partition(errors, middle, axis=1)[:, middle].min())  # of the best
     unlikely = 2 * np.log1p(errors / noise_s).sum(axis=1)
     if not math.isnan(delay_before_s):
         moved_s = np.where(np.isnan(delays), 0.0, np.abs(delays - delay_before_s))
