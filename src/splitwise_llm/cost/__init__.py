@@ -6,6 +6,7 @@
 | `hosts` | how long a machine takes for them: roofline or measured |
 | `measured` | what was measured on a machine, as such a source of times |
 | `accuracy` | nats per token that a lossy choice loses |
+| `drafting` | how many tokens to draft |
 | `terms` | time as functions of conditions: the form in which a plan is priced once for any link and load |
 | `world` | what is priced: model, machines, links, request, drafter, tariff |
 | `bill` | a decision: seconds, joules, money, memory, nats, as forms |
@@ -28,6 +29,7 @@ from splitwise_llm.cost.counts import (
     units_in,
     weight_bytes,
 )
+from splitwise_llm.cost.drafting import best_draft, tokens_per_round
 from splitwise_llm.cost.hosts import Host, UnitTimes, stage_seconds
 from splitwise_llm.cost.limits import UNLIMITED, Floor, Limits, obstacle
 from splitwise_llm.cost.measured import Measured
@@ -64,6 +66,7 @@ __all__ = [
     "World",
     "assigned_kv_bytes",
     "assigned_weight_bytes",
+    "best_draft",
     "bill",
     "head_flop",
     "memory_bytes",
@@ -74,6 +77,7 @@ __all__ = [
     "price",
     "stage_seconds",
     "table_bytes",
+    "tokens_per_round",
     "unit_flop",
     "unit_memory_bytes",
     "unit_weight_bytes",

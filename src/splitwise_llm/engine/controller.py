@@ -179,8 +179,6 @@ class Controller:
     def check(self, decision: Decision) -> None:
         """Raise RequestError for what no machine would run, PartitionError for what does not fit the model."""
         decision.partition.check(self.machine.spec, len(self.names))
-        if decision.draft:
-            raise RequestError(f"{decision.draft} drafted tokens: drafting is priced, not executed; use 0")
         floor = self.limits.floor
         if floor and not floor.holds(decision.partition):
             raise RequestError(

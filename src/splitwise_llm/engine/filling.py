@@ -119,6 +119,7 @@ class Filling:
             start=extent.start,
             known=extent.known,
             tokens=extent.tokens,
+            draft=decision.draft if extent.tokens else 0,
             first=fill.first if fill else 0,
             stop=fill.stop if fill else 0,
             feeder=fill.feeder if fill and fill.first else -1,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from splitwise_llm import plan as plans
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.engine.boundaries import Boundaries
+from splitwise_llm.engine.drafting import Drafting, Lookup
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.memory import peak_memory_bytes
 from splitwise_llm.engine.post import Extent, Office, Post
@@ -94,6 +95,8 @@ class Hosted:
         self._office = Office()
         self._kept = Boundaries(machine.spec.d_model, KEPT_BYTES)
         self._shares = Shares(machine, self.name, self.number, opening.capacity)
+        self._drafting = Drafting(Lookup(), machine.spec.vocab_size)
+        """For token loops of its own; what it has learnt is good for later runs."""
         self._running: dict[int, _Running] = {}
         self._neighbours: dict[int, asyncio.Task[None]] = {}
         self._serving: asyncio.Task[None] | None = None
@@ -243,7 +246,10 @@ class Hosted:
             await link.send(pack(Failed(type(error).__name__, str(error), run=begin.run)))
             return
         post = Post(self.number, plan, extent, self._links, self.opening.names)
-        walker = Walker(plan, self._request, share, self._machine, post, choose=self._choose, kept=self._kept)
+        walker = Walker(
+            plan, self._request, share, self._machine, post, choose=self._choose, kept=self._kept,
+            drafting=self._drafting if plan.loop_machine == self.number else None,
+        )  # fmt: skip
         await link.send(pack(Begun(begin.run, load_s=time.monotonic() - start)))
         if extent.tokens:
             log.info("run %d of %s: %s", begin.run, link.peer, plan.decision.partition.text(self.opening.names))
@@ -267,7 +273,7 @@ class Hosted:
                 f"{self.opening.capacity} positions"
             )
         partition = Partition.from_bytes(begin.partition, spec)
-        decision = Decision(partition, WirePrecision(begin.wire), begin.prefill_chunk or None)
+        decision = Decision(partition, WirePrecision(begin.wire), begin.prefill_chunk or None, begin.draft)
         extent = Extent(begin.run, begin.start, begin.known, begin.tokens)
         if begin.tokens:
             return plans.compile(decision, spec, num_machines, begin.direct), extent
@@ -364,17 +370,23 @@ class Hosted:
         if running.walker.makes_tokens_alone and running.walker.post.extent.tokens and not halt.at_once:
             running.walker.halting = True
             await asyncio.wait({running.task})
-        await self._end(running)
+        await self._end(running, halt.keep)
         post = running.walker.post
         crossed = [messages.Crossed(c.after, c.kind, c.src, c.dst, c.count, c.payload_bytes) for c in post.crossings]
         halted = Halted(halt.run, crossed, post.frame_bytes, *self._holds())
         await link.send(pack(halted, messages.pack_intervals(running.walker.intervals)))
 
-    async def _end(self, running: _Running) -> None:
+    async def _end(self, running: _Running, keep: int = -1) -> None:
+        """What a run drafted and nobody accepted is forgotten with it."""
         running.task.cancel()
         await asyncio.gather(running.task, return_exceptions=True)
-        self._office.close(running.walker.post.extent.run)
+        walker = running.walker
+        self._office.close(walker.post.extent.run)
         await self._machine.settle()
+        if walker.plan.decision.draft and walker.post.extent.tokens:
+            certain = keep if keep >= 0 else walker.certain
+            await self._shares.cut(certain)
+            self._kept.truncate(certain)
 
     async def _stop_runs(self) -> None:
         while self._running:

@@ -45,6 +45,16 @@ class Extent:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """What came: its payload, the depth of the causal chain behind it, and the step it belongs to; of a round, only
+    a message says where it is and how many positions it has."""
+
+    payload: memoryview
+    depth: int
+    step: Step
+
+
 Keep = Callable[[Move, Step, bytes | memoryview], None]
 """Told of a residual stream, as it crosses."""
 
@@ -102,9 +112,10 @@ class Post:
         """Send one move of a step. Raises LinkDied."""
         form = self._forms[move.after, move.kind.value, move.src, move.dst]
         rows = self.plan.rows(move, step)
+        start = step.start if self.plan.decision.draft and not step.is_prefill else -1
         header = Data(
             self.extent.run, step.index, move.after, move.kind.value, move.src, move.dst, depth, form.dtype, rows,
-            form.columns,
+            form.columns, start,
         )  # fmt: skip
         await self._send(form.first_hop, move, pack(header, payload), len(payload))
 
@@ -123,9 +134,9 @@ class Post:
         except RequestError as error:  # the link's frame limit; only prefill activations come near it
             raise RequestError(f"{error}; use a smaller prefill chunk") from error
 
-    async def receive(self, move: Move, step: Step) -> tuple[memoryview, int]:
-        """The payload of a move of a step, and its depth here. Raises what ended the session if it ends."""
-        key = (step.index, move.after, move.kind.value, move.src)
+    async def receive(self, move: Move, index: int) -> Letter:
+        """A move of step number `index`. Raises what ended the session if it ends."""
+        key = (index, move.after, move.kind.value, move.src)
         found = self._arrived.pop(key, None)
         if found is None:
             if self._failure:
@@ -133,7 +144,20 @@ class Post:
             future = self._awaited.setdefault(key, asyncio.get_running_loop().create_future())
             found = await future
         header, payload = found
-        return payload, header.depth + len(self.plan.legs(move.src, move.dst))
+        return Letter(payload, header.depth + len(self.plan.legs(move.src, move.dst)), self._step_of(header, move))
+
+    def _step_of(self, header: Data, move: Move) -> Step:
+        """The step that a message belongs to. Raises ProtocolError for one that cannot be."""
+        step = self.step(header.step)
+        if step.is_prefill or not self.plan.decision.draft:
+            if header.start >= 0:
+                raise ProtocolError(f"{_what(header)}: position {header.start} in a step whose positions are known")
+            return step
+        rows, stop = header.rows, self.extent.known + self.extent.tokens - 1
+        if header.start < step.start or not 1 <= rows <= min(self.plan.decision.draft + 1, stop - header.start):
+            raise ProtocolError(f"{_what(header)}: {rows} positions from {header.start} on are no round of this run")
+        made = rows if move.kind is Kind.TOKEN else 1
+        return self.plan.round(header.step, header.start, rows, made)
 
     def _lost(self, peer: int, error: LinkDied) -> LinkDied:
         return LinkDied(f"{self._names[peer]} was lost in mid-generation: {error}")
@@ -147,7 +171,7 @@ class Post:
         if peer not in form.onward:
             raise ProtocolError(f"{_what(header)}: it does not come by way of machine {peer}")
         move, hop = form.move, form.onward[peer]
-        step = self.step(header.step)
+        step = self._step_of(header, move)
         rows = self.plan.rows(move, step)
         if rows == 0 or (header.dtype, header.rows, header.columns) != (form.dtype, rows, form.columns):
             raise ProtocolError(

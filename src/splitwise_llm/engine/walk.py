@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor
@@ -17,8 +18,9 @@ from torch import Tensor
 from splitwise_llm import cost
 from splitwise_llm.cost import Host
 from splitwise_llm.engine.boundaries import Boundaries
+from splitwise_llm.engine.drafting import Drafting
 from splitwise_llm.engine.machine import Machine, T
-from splitwise_llm.engine.post import Post
+from splitwise_llm.engine.post import Letter, Post
 from splitwise_llm.errors import BrokenInvariant, ProtocolError, RequestError, WorkerFailed
 from splitwise_llm.model.sampling import Sampling, sample
 from splitwise_llm.model.share import Positions, Share
@@ -64,6 +66,15 @@ class Sampled:
     """A token and the depth of the causal chain of messages that led to it."""
 
     id: int
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What a step came to: the tokens, in order, and the depth of the chain that led to them. Where the head is not on
+    the machine that judges: what follows each position, if the drafted ones before it are right."""
+
+    ids: tuple[int, ...]
     depth: int
 
 
@@ -123,12 +134,16 @@ class _Pass:
     """One machine's walk through one step. `pending` makes the residual stream once the compute thread has it."""
 
     step: Step
+    """Of a round, what its number alone says, until a message has come or it was drafted here."""
     done: dict[int, asyncio.Event]
     """Prefill only: set when the chunk has passed a stage, for the chunk behind it."""
     before: dict[int, asyncio.Event]
     at: Positions | None = None
     pending: Callable[[], Tensor] | None = None
     depth: int = 0
+    drafted: tuple[int, ...] = ()
+    is_known: bool = False
+    """Of a round: whether a message has said where it is."""
 
 
 @dataclass(slots=True)
@@ -149,20 +164,29 @@ class Walker:
     another partition."""
     on_token: OnToken | None = None
     """Called on the device for each token, in order."""
+    drafting: Drafting | None = None
+    """Where the token loop is."""
     choose: Choose | None = None
     """Replaces sampling where the head is on this machine."""
     intervals: list[Interval] = field(default_factory=list)
     halting: bool = False
     """Whether to end at the next token."""
+    rounds: list[tuple[int, int]] = field(default_factory=list)
+    """Positions computed and tokens made in each decode step, as far as they are known here."""
+    certain: int = field(init=False)
+    """Positions cached here whose ids are known to be right: all but drafted ones that nobody has judged."""
     me: int = field(init=False)
     _stops: tuple[_Stop, ...] = field(init=False)
     _entering: tuple[Move, ...] = field(init=False)
     _handing: tuple[Move, ...] = field(init=False)
+    _count: int = 0
+    """Tokens so far, where they are seen."""
     _never_waits: bool = field(init=False)
     """Whether no message comes here while tokens flow."""
 
     def __post_init__(self) -> None:
         self.me = self.post.me
+        self.certain = self.post.extent.start
         self._stops = _stops(self.plan, self.me)
         mine = [move for move in self.plan.moves if self.me in (move.src, move.dst)]
         self._entering = tuple(move for move in mine if move.kind in (Kind.PROMPT, Kind.NEXT))
@@ -176,15 +200,44 @@ class Walker:
         Raises PeerError when another machine or a link fails.
         """
         extent = self.post.extent
-        token = await self._prefill()
+        made = await self._prefill()
+        self.certain = extent.known
         first = self.plan.decision.num_chunks(extent.known - extent.start) - 1
         for number in range(extent.tokens):
-            step = self.post.step(first + number)
+            one, began_s = _Pass(self.post.step(first + number), {}, {}), time.monotonic()
             if number:
-                token = await self._walk(_Pass(step, {}, {}), token)
-            token = await self._hand_over(step, token)
-            if self.halting or (token and token.id in self.request.stop_ids):
+                made = await self._round(one, made)
+            made = await self._hand_over(one, made)
+            self._count += len(made.ids) if made else 0
+            if number:
+                self._judged(one, made, time.monotonic() - began_s)
+            if self.halting or (made and self._is_last(made)):
                 return
+
+    def _is_last(self, made: _Made) -> bool:
+        """Whether these are tokens, and no other follows."""
+        is_over = self._count >= self.post.extent.tokens or not self.request.stop_ids.isdisjoint(made.ids)
+        return is_over and (self.me in (DEVICE, self.plan.loop_machine) or not self.plan.decision.draft)
+
+    async def _round(self, one: _Pass, made: _Made | None) -> _Made | None:
+        """A decode step, of drafted tokens too where the loop is here; elsewhere a message says how many."""
+        if made and self.me == self.plan.loop_machine:
+            room = self.post.extent.tokens - self._count - 1
+            if self.drafting and self.plan.decision.draft and room > 0:
+                one.drafted = await self.drafting.propose(self.ids, min(room, self.plan.decision.draft))
+            start = self.post.extent.known + self._count - 1
+            one.step = self.plan.round(one.step.index, start, 1 + len(one.drafted))
+            made = _Made((made.ids[-1], *one.drafted), made.depth)
+        return await self._walk(one, made)
+
+    def _judged(self, one: _Pass, made: _Made | None, seconds: float) -> None:
+        """Note what a round came to."""
+        knows = made is not None and self.me in (DEVICE, self.plan.loop_machine)
+        tokens = len(made.ids) if made and knows else 1
+        self.rounds.append((one.step.count, tokens))
+        self.certain = one.step.start + tokens
+        if self.drafting and made and self.me == self.plan.loop_machine:
+            self.drafting.judged(one.drafted, made.ids, seconds)
 
     async def fill(self) -> None:
         """Walk an excerpt, for the caches' sake. Raises PeerError."""
@@ -195,10 +248,10 @@ class Walker:
         """Whether the token loop runs here without the device."""
         return self.me != DEVICE and self.plan.embed == self.plan.head == self.me
 
-    async def _prefill(self) -> Sampled | None:
+    async def _prefill(self) -> _Made | None:
         """All chunks, each stage in order but several stages at once. The token if the head is here."""
         extent = self.post.extent
-        walks: list[Awaitable[Sampled | None]] = []
+        walks: list[Awaitable[_Made | None]] = []
         before: dict[int, asyncio.Event] = {}
         for index in range(self.plan.decision.num_chunks(extent.known - extent.start)):
             done = {stop.index: asyncio.Event() for stop in self._stops if not stop.only_if_emits}
@@ -207,32 +260,64 @@ class Walker:
         tokens = await _all(walks)
         return tokens[-1]
 
-    async def _hand_over(self, step: Step, token: Sampled | None) -> Sampled | None:
-        """Bring the token of a step to the device."""
+    async def _hand_over(self, one: _Pass, made: _Made | None) -> _Made | None:
+        """Bring the tokens of a step to the device; it judges what was drafted where the loop is its own."""
         for move in self._handing:
             if self.me == move.dst:
-                payload, depth = await self.post.receive(move, step)
-                token = Sampled(self._ids_in(payload)[0], depth)
-            elif token:
-                await self.post.send(move, step, _ids_out([token.id]), token.depth)
-        if self.me == DEVICE and token and self.on_token:
-            self.on_token(token)
+                letter = await self.post.receive(move, one.step.index)
+                made = _Made(tuple(self._ids_in(letter.payload)), letter.depth)
+                if self.plan.loop_machine == DEVICE:
+                    self._learn(one, letter)
+                    made = _Made(self._right(one.drafted, made.ids), made.depth)
+                elif letter.step.start not in (one.step.start, self.post.extent.known + self._count - 1):
+                    raise ProtocolError(f"tokens of position {letter.step.start} came, others are awaited")
+            elif made:
+                one.step = replace(one.step, made=len(made.ids))
+                await self.post.send(move, one.step, _ids_out(made.ids), made.depth)
+        if made and self.me == self.plan.loop_machine != DEVICE and self.drafting:
+            self.drafting.follows(self.post.extent.known + self._count, made.ids)
+        if self.me == DEVICE and made and self.on_token:
+            for token in made.ids:
+                self.on_token(Sampled(token, made.depth))
         if self._never_waits:
             await asyncio.sleep(0)  # whoever waits for the token, or wants to end this, gets a turn
-        return token
+        return made
 
-    async def _walk(self, one: _Pass, token: Sampled | None) -> Sampled | None:
-        """One step through all stages of this machine. The sampled token if it has the head."""
-        await self._enter(one, token)
+    def _right(self, drafted: Sequence[int], follows: Iterable[int]) -> tuple[int, ...]:
+        """The tokens of a round: what was drafted as far as it is what follows, and one more; none behind a last."""
+        right: list[int] = []
+        for number, token in enumerate(follows):
+            right.append(token)
+            if token in self.request.stop_ids or number == len(drafted) or drafted[number] != token:
+                break
+        return tuple(right)
+
+    def _learn(self, one: _Pass, letter: Letter) -> None:
+        """Take from a message where a round is. Raises ProtocolError where two say different things."""
+        if one.step.is_prefill or not self.plan.decision.draft:
+            return
+        said, known = letter.step, one.step
+        if one.is_known and (said.start, said.count) != (known.start, known.count):
+            raise ProtocolError(
+                f"step {known.index} is at positions {known.start} to {known.start + known.count}, and a message of it "
+                f"at {said.start} to {said.start + said.count}"
+            )
+        one.step, one.is_known = replace(known, start=said.start, count=said.count), True
+        self.certain = said.start + 1
+
+    async def _walk(self, one: _Pass, made: _Made | None) -> _Made | None:
+        """One step through all stages of this machine. What it came to if it has the head."""
+        await self._enter(one, made)
         sampled = None
         for stop in self._stops:
             if stop.only_if_emits and not one.step.emits:
                 break
             if stop.arrives:
-                payload, depth = await self.post.receive(stop.arrives, one.step)
-                one.depth = max(one.depth, depth)
-                self.keep(stop.arrives, one.step, payload)
-                one.pending = partial(self._decode, payload, self.plan.rows(stop.arrives, one.step))
+                letter = await self.post.receive(stop.arrives, one.step.index)
+                self._learn(one, letter)
+                one.depth = max(one.depth, letter.depth)
+                self.keep(stop.arrives, one.step, letter.payload)
+                one.pending = partial(self._decode, letter.payload, self.plan.rows(stop.arrives, one.step))
             if stop.index in one.before:  # chunks pass a stage in order: its keys and values grow from the front
                 await one.before[stop.index].wait()
             if isinstance(stop.stage, Serial):
@@ -241,10 +326,12 @@ class Walker:
                 await self._shared(one, stop, stop.stage)
         return sampled
 
-    async def _enter(self, one: _Pass, token: Sampled | None) -> None:
-        """The ids of a step reach the embedding: a part of the prompt, or the last token."""
-        step, depth = one.step, token.depth if token else 0
-        ids = list(self.ids[step.start : step.start + step.count]) if step.is_prefill else [token.id] if token else []
+    async def _enter(self, one: _Pass, made: _Made | None) -> None:
+        """The ids of a step reach the embedding: a part of the prompt, or the last token and what was drafted."""
+        step, depth = one.step, made.depth if made else 0
+        ids = list(made.ids) if made else []
+        if step.is_prefill:
+            ids = list(self.ids[step.start : step.start + step.count])
         if self.me == self.plan.feeder:
             await self._feed(one)
         for move in self._entering:
@@ -253,8 +340,11 @@ class Walker:
             if self.me == move.src:
                 await self.post.send(move, step, _ids_out(ids), depth)
             else:
-                payload, depth = await self.post.receive(move, step)
-                ids = self._ids_in(payload)
+                letter = await self.post.receive(move, step.index)
+                self._learn(one, letter)
+                ids, depth = self._ids_in(letter.payload), letter.depth
+                if step.is_prefill and self.drafting:
+                    self.drafting.follows(step.start, ids)
         if self.me == self.plan.embed and self.plan.feeder is None:
             one.depth = depth
             one.pending = lambda: self.share.embed(ids, self._at(one))
@@ -281,10 +371,10 @@ class Walker:
             half = stage.stop if isinstance(stage, Serial) else stage.half + 1
             self.kept.put(half, step.start, step.count, self.plan.decision.wire, payload)
 
-    async def _serial(self, one: _Pass, stop: _Stop, stage: Serial) -> Sampled | None:
+    async def _serial(self, one: _Pass, stop: _Stop, stage: Serial) -> _Made | None:
         tapped: list[tuple[int, bytes]] = []
 
-        def work() -> tuple[Tensor, bytes, int | None]:
+        def work() -> tuple[Tensor, bytes, tuple[int, ...]]:
             x, at = self._residual(one), self._at(one)
             start = stage.start
             for tap in (half for half in self.taps if start < half < stage.stop):
@@ -293,15 +383,15 @@ class Walker:
                 start = tap
             x = self.share.run(x, start, stage.stop, at)
             if stage.head and one.step.emits:
-                return x, b"", self._choose(self.share.logits(x), one.step.start + one.step.count)
-            return (*self._crossed(one, stop, x), None)
+                return x, b"", self._sampled(one, x)
+            return (*self._crossed(one, stop, x), ())
 
-        x, payload, token = await self._compute(work, one, stop)
+        x, payload, sampled = await self._compute(work, one, stop)
         for half, kept in tapped:
             if self.kept is not None:
                 self.kept.put(half, one.step.start, one.step.count, self.plan.decision.wire, kept)
-        if token is not None:
-            return Sampled(token, one.depth)
+        if sampled:
+            return _Made(sampled, one.depth)
         await self._send_residual(one, stop, x, payload)
         return None
 
@@ -311,7 +401,7 @@ class Walker:
         def work() -> tuple[Tensor, Tensor, bytes]:
             x = self._residual(one)
             summand = self.share.partial(x, stage.half, self._at(one))
-            if stop.last_only:
+            if stop.last_only and one.step.is_prefill:
                 x, summand = x[-1:], summand[-1:]
             summand = self._lose(summand, stop.index, Kind.PARTIAL, self.me, one.step)
             return x, codec.round_trip(summand, wire), codec.encode(summand, wire) if stop.partials_out else b""
@@ -328,8 +418,10 @@ class Walker:
         """Gather the partial sums of the others; they are added when the compute thread next has this pass."""
         others: dict[int, memoryview] = {}
         for move in stop.partials_in:
-            others[move.src], depth = await self.post.receive(move, one.step)
-            one.depth = max(one.depth, depth)
+            letter = await self.post.receive(move, one.step.index)
+            self._learn(one, letter)
+            others[move.src] = letter.payload
+            one.depth = max(one.depth, letter.depth)
 
         def joined() -> Tensor:
             partials = [own if m == self.me else self._decode(others[m], own.shape[0]) for m in stage.machines]
@@ -353,7 +445,7 @@ class Walker:
         others will decode."""
         if stop.crossing is None:
             return x, b""
-        if stop.last_only:
+        if stop.last_only and one.step.is_prefill:
             x = x[-1:]
         x = self._lose(x, stop.index, Kind.RESIDUAL, stop.crossing.src, one.step)
         wire = self.plan.decision.wire
@@ -364,8 +456,19 @@ class Walker:
     def _choose(self, logits: Tensor, position: int) -> int:
         return self.choose(logits, position) if self.choose else sample(logits, self.request.sampling, position)
 
+    def _sampled(self, one: _Pass, x: Tensor) -> tuple[int, ...]:
+        """What follows each position of a step that emits (of a prefill: the last one); where the loop is here, no
+        further than the first drafted token that is wrong."""
+        step = one.step
+        if step.is_prefill:
+            return (self._choose(self.share.logits(x), step.start + step.count),)
+        choices = (self._choose(row, step.start + n + 1) for n, row in enumerate(self.share.each_logits(x)))
+        return self._right(one.drafted, choices) if self.me == self.plan.loop_machine else tuple(choices)
+
     def _at(self, one: _Pass) -> Positions:
         if one.at is None:
+            if self.plan.decision.draft and not one.step.is_prefill:
+                self.share.cut(one.step.start)  # what was drafted last and not accepted
             one.at = self.share.positions(one.step.start, one.step.count)
         return one.at
 
@@ -406,7 +509,7 @@ class Walker:
         if stop.index in one.done:
             one.done[stop.index].set()
         if not adding:
-            self.machine.clock.ran(step.count, result.stop_s - result.start_s)
+            self.machine.clock.ran(step.count if step.is_prefill else 1, result.stop_s - result.start_s)
         self.intervals.append(Interval(stop.index, step.index, result.start_s, result.stop_s, self.post.extent.run))
         return result.value
 

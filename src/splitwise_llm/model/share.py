@@ -190,9 +190,13 @@ class Share:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (vocab,), fp32, of the last position of the residual stream (positions, d_model)."""
+        return self.each_logits(x[-1:])[0]
+
+    def each_logits(self, x: Tensor) -> Tensor:
+        """Logits (positions, vocab), fp32, of every position of the residual stream (positions, d_model)."""
         if self._head is None:
             raise BrokenInvariant("this share has no head")
-        return self._head.table.project(self._norm(x[-1:], self._head.norm))[0].float()
+        return self._head.table.project(self._norm(x, self._head.norm)).float()
 
     def _norm(self, x: Tensor, weights: NormWeights) -> Tensor:
         if self.architecture.norm is Norm.LAYER:

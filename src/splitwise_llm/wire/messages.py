@@ -12,11 +12,12 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from splitwise_llm.decision import MAX_DRAFT
 from splitwise_llm.errors import BrokenInvariant, ProtocolError
 from splitwise_llm.plan import Kind
 from splitwise_llm.records import Interval
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 _LENGTH = struct.Struct("<I")
 _INTERVAL = struct.Struct("<iiidd")
 _MAX_HEADER_BYTES = 1 << 20
@@ -115,6 +116,8 @@ class Begin(_Header, frozen=True, tag="begin"):
     known: Count
     tokens: Count
     """To be generated at most; 0 for a fill."""
+    draft: Annotated[int, msgspec.Meta(ge=0, le=MAX_DRAFT)] = 0
+    """Tokens that may be drafted before each decode step."""
     first: Count = 0
     stop: Count = 0
     """0: to the end."""
@@ -169,6 +172,9 @@ class Halt(_Header, frozen=True, tag="halt"):
     run: Count
     at_once: bool = False
     """Something has failed: no next token may come."""
+    keep: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)] = -1
+    """Positions whose ids are certain; what was drafted behind them was not accepted. -1: as far as the worker knows
+    itself."""
 
 
 class Ping(_Header, frozen=True, tag="ping"):
@@ -209,6 +215,8 @@ class Data(_Header, frozen=True, tag="data"):
     dtype: str
     rows: Count
     columns: Count
+    start: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)] = -1
+    """The first position of a decode step in a run that drafts; -1: as the plan says."""
 
 
 class Crossed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
