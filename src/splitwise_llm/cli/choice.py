@@ -94,8 +94,8 @@ def explanation(called: str, decision: Decision, observation: Observation, names
     world, job = observation.world, observation.job
     conditions = world.conditions(observation.loads)
     yield f"  predicted: {_price(price(world, decision, job, conditions))}"
-    for without, other in _without(decision):
-        yield f"  {without}: {_price(price(world, other, job, conditions))}{_right(world) if decision.draft else ''}"
+    for without, plain in _without(decision):
+        yield f"  {without}: {_price(price(world, plain, job, conditions))}{_right(world) if decision.draft else ''}"
     other = _fastest_other(world, decision, observation)
     if other is None:
         yield "  no other partition is admissible"
