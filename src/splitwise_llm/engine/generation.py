@@ -22,6 +22,7 @@ from splitwise_llm.decision import Decision
 from splitwise_llm.engine.account import Account, Run
 from splitwise_llm.engine.backoff import RecoveryRules, wait_s
 from splitwise_llm.engine.controller import Controller
+from splitwise_llm.engine.direct import DirectLinks
 from splitwise_llm.engine.filling import Filling
 from splitwise_llm.engine.journal import Decided, Journal
 from splitwise_llm.engine.machine import Machine
@@ -75,8 +76,8 @@ class Device:
     names: tuple[str, ...]
     """Of machines 0 (this one), 1, ..."""
     connect: Connect
-    direct: Mapping[tuple[int, int], str]
-    """For a pair of workers with a link of their own, the address at which the first reaches the second."""
+    direct: DirectLinks
+    """Between workers."""
     rates: Mapping[tuple[int, int], Rates]
     """Of links, lower number first, as far as they are known."""
 
@@ -114,12 +115,11 @@ class Generation:
         self._shares = Shares(
             device.machine, device.names[DEVICE], DEVICE, request.prompt_tokens + request.max_new_tokens
         )
-        direct = frozenset((min(pair), max(pair)) for pair in device.direct)
         self._controller = Controller(
             device.machine,
             device.names,
             dict(device.rates),
-            direct,
+            device.direct.pairs,
             policy,
             request,
             limits,
@@ -152,6 +152,8 @@ class Generation:
         """Ids there were when this process began with it."""
         self._is_fresh = self._begun_at == request.prompt_tokens
         self._failures: tuple[int, int] = (0, 0)
+        self._num_apart = 0
+        """So often two workers did not reach each other."""
         self._misses: list[int] = []
         """Machines that a session needed when it was gone on with, and that did not answer."""
         self._gone: dict[int, str] = {}
@@ -243,7 +245,7 @@ class Generation:
             run = None
             if not self._is_over and not self._misses:
                 await self._open_sessions(self.decision.partition)
-                run = await self._begin("admission" if self._is_fresh else "resume", first=True)
+                run = await self._begin_first("admission" if self._is_fresh else "resume")
         except BaseException:
             await self._leave()
             if self._is_fresh:
@@ -419,6 +421,18 @@ class Generation:
             await asyncio.gather(*tasks, return_exceptions=True)
             self._tokens.put_nowait(None)
 
+    async def _begin_first(self, why: str) -> Run:
+        """The first run, of whose failures its caller hears; but where only two workers do not reach each other, it is
+        begun again without their link. Raises SplitwiseError."""
+        while True:
+            apart = self._num_apart
+            try:
+                return await self._begin(why, first=True)
+            except PeerError:
+                if self._num_apart == apart:
+                    raise
+                self._office.close(self._filling.last_run)
+
     async def _begin(self, why: str, first: bool = False) -> Run:
         """Fill what the partition lacks, and begin a run of it. Raises SplitwiseError."""
         decision, known, filling, names = self.decision, len(self.ids), self._filling, self._device.names
@@ -446,7 +460,7 @@ class Generation:
         await self._office.open(post)
         begun = [self._peers[n].answer(Begun, extent.run) for n in workers]
         for number in workers:
-            await self._peers[number].send(filling.begin(number, plan, extent))
+            await self._peers[number].send(filling.begin(number, plan, extent, direct))
         if first:  # loading is no part of the time to the first token
             await asyncio.gather(*begun)
         self._runs.append(run)
@@ -521,6 +535,9 @@ class Generation:
             done, _ = await asyncio.wait(either, timeout=most_s, return_when=asyncio.FIRST_COMPLETED)
             if not done and len(run.depths) == made:
                 error = LinkDied(f"no token came for {most_s:.0f} s, though every machine answers")
+                for first, second in self._filling.direct(run.decision.partition):
+                    self._device.direct.failed((second, first))
+                    self.apart(first, second, f"{error}: perhaps two of them do not hear each other")
                 self._office.fail(error, run.extent.run)
 
     async def _halt_walk(self, run: Run, walking: asyncio.Task[None]) -> bool:
@@ -875,6 +892,11 @@ class Generation:
     def failed(self, number: int, run: int, error: SplitwiseError) -> None:
         """One run has failed there."""
         self._office.fail(error if isinstance(error, PeerError) else WorkerFailed(str(error)), run)
+
+    def apart(self, number: int, other: int, why: str) -> None:
+        """The next run does without that link."""
+        self._num_apart += 1
+        self._filling.apart(number, other, why)
 
     def asked(self, number: int, why: str) -> None:
         """A worker came back, is given up, or was waited for long enough."""
