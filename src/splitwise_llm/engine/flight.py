@@ -68,7 +68,7 @@ class Flight:
         self.seconds = 0.0
         """From the first prompt to the last token, as far as it is."""
         self._start_s: float | None = None
-        self._alone = False
+        self._under_way = 0
 
     async def answers(self) -> AsyncGenerator[Answer]:
         """Each once. The first generation is opened before the others, for what it meets they would meet, too: raises
@@ -91,7 +91,6 @@ class Flight:
                     if isinstance(answer, Answer):
                         yield answer
                     else:
-                        self.room = max(min(self.room, len(running)), 1)
                         waiting.appendleft(number)
         finally:
             for task in running:
@@ -109,12 +108,15 @@ class Flight:
             if is_first:
                 raise
             if isinstance(error, MemoryTooSmall | WorkerFailed) and not alone:
-                self._tell("refused", f"{error}; fewer are answered at a time")
+                self.room = max(self._under_way, 1)
+                self._tell("refused", f"{error}; {self.room} are under way, and more will not be")
                 return None
             return Answer(number, None, error)
         if self._start_s is None:
             self._start_s = time.monotonic()
         opened.set()
+        self._under_way += 1
+        self.room = max(self.room, self._under_way)  # this one was opened while another one was refused
         try:
             async for _ in generation:
                 pass
@@ -122,6 +124,7 @@ class Flight:
         except (UserError, PeerError) as error:
             return Answer(number, None, error)
         finally:
+            self._under_way -= 1
             await generation.__aexit__(None, None, None)
         return Answer(number, generation.record)
 
