@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,17 +18,21 @@ import pytest
 from splitwise_llm.bench.processes import worker
 from splitwise_llm.bench.rig import Host, Line
 from splitwise_llm.decision import Decision
+from splitwise_llm.engine import controller
 from splitwise_llm.engine.direct import RELAYED_S, DirectLinks
 from splitwise_llm.engine.edge import Edge, edge_with
 from splitwise_llm.engine.flight import Agreed, Flight
 from splitwise_llm.engine.generation import Generation
 from splitwise_llm.engine.machine import Machine
+from splitwise_llm.engine.worker import Worker
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.observation import Always
 from splitwise_llm.records import RequestRecord
 from splitwise_llm.spec import DeviceSpec
 from splitwise_llm.wire.faults import Fault, Injection
 from splitwise_llm.wire.grpc_link import dial
+from splitwise_llm.wire.link import Link
+from splitwise_llm.wire.memory import MemoryLink, memory_pair
 from splitwise_llm.wire.shaper import LinkShape
 
 PROMPTS = [
@@ -133,6 +137,55 @@ def test_a_neighbour_that_accepts_and_says_nothing_holds_nobody_up(
     assert record.token_ids == texts[0]
     assert crossings(record) == {(1, 0), (0, 2)}
     assert "did not answer within" in next(event.text for event in record.events if event.kind == "no-direct")
+
+
+class Deaf(MemoryLink):
+    """Lets greetings through, and loses a residual stream without a word."""
+
+    async def send(self, frame: bytes) -> None:
+        if len(frame) < 1000:
+            await super().send(frame)
+
+
+def test_a_link_between_workers_that_loses_everything_in_silence_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, texts: list[tuple[int, ...]]
+) -> None:
+    monkeypatch.setattr(controller, "STUCK_S", 0.5)
+    monkeypatch.setattr(controller, "STUCK_STEPS", 1.0)
+
+    async def play() -> RequestRecord:
+        served: dict[str, Worker] = {}
+        serving: set[asyncio.Task[None]] = set()
+
+        def connect(deaf: bool) -> Callable[[str], Awaitable[Link]]:
+            async def reach(name: str) -> Link:
+                near, far = memory_pair(("peer", name))
+                if deaf:
+                    near.__class__ = Deaf
+                serving.add(asyncio.create_task(served[name].handle(far)))
+                return near
+
+            return reach
+
+        checkpoint = Checkpoint(locate("bundled"))
+        with ExitStack() as stack:
+            for name in ("cloud", "third"):
+                served[name] = Worker(stack.enter_context(Machine(checkpoint)), connect=connect(deaf=True))
+            edge = Edge(
+                stack.enter_context(Machine(checkpoint)), tuple(served), connect(deaf=False),
+                {("cloud", "third"): "third"}, turned={("third", "cloud"): "cloud"},
+            )  # fmt: skip
+            async with asyncio.timeout(30):
+                record = await told(edge.generate(PROMPTS[0], IN_A_ROW, max_new_tokens=NEW, stop_ids=()))
+                await asyncio.wait(serving)
+            return record
+
+    record = asyncio.run(play())
+    assert record.token_ids == texts[0]
+    # Dies when generation.py says `self._device.direct.pairs` for `self._device.direct.failed((second, first))`.
+    assert crossings(record) == {(1, 2), (1, 0), (0, 2)}  # what was lost was sent
+    assert [event.kind for event in record.events].count("no-direct") == 1
+    assert len(record.runs) == 2
 
 
 def test_a_way_that_led_nowhere_is_tried_again_after_a_while() -> None:
