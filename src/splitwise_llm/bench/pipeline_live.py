@@ -162,7 +162,7 @@ async def run_pipeline(rounds: int, setting: Setting, tell: Tell) -> Figures:
             played[in_flight].append(found)
             return found.per_s
 
-        runs = {str(count): lambda count=count: one(count) for count in played}  # type: ignore[misc]
+        runs = {str(count): lambda count=count: one(count) for count in played}
         measured = await interleaved(runs, rounds, tell)
         promised = {count: pipeline.predicted_per_s(count) for count in played}
         bound = setting.tokens / pipeline.route().seconds
