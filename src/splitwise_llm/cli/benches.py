@@ -37,3 +37,15 @@ def bench_link(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = No
     from splitwise_llm.bench.link import run_link
 
     report(run(lambda: run_link(rounds, tokens, tell), json_file), json_file)
+
+
+@bench.command("pipeline")
+def bench_pipeline(
+    rounds: Rounds = 5,
+    in_flight: Annotated[int, typer.Option(min=2, help="Sequences under way at a time.")] = 4,
+    json_file: JsonFile = None,
+) -> None:
+    """Four processes in a row, several sequences in flight: against one, and against what EdgeShard's program says."""
+    from splitwise_llm.bench.pipeline_live import Setting, run_pipeline
+
+    report(run(lambda: run_pipeline(rounds, Setting(in_flight), tell), json_file), json_file)

@@ -25,11 +25,11 @@ from splitwise_llm.cli.options import (
     machine_options,
     note,
     pairs,
-    read_prompt,
     run,
     two_names,
     write_json,
 )
+from splitwise_llm.cli.several import IN_FLIGHT, asked_prompts
 from splitwise_llm.cost import UNLIMITED, Floor, Limits
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import JournalError, RequestError
@@ -49,9 +49,15 @@ QUIET_EVENTS = ("fill", "carry", "attempt", "unreached")
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")],
+    prompt: Annotated[str | None, typer.Argument(help="The text to go on from; - reads standard input.")] = None,
     model: Model = "bundled",
     machine: Annotated[list[str] | None, typer.Option(help="A worker, as cloud=127.0.0.1:7070; repeatable.")] = None,
+    prompts: Annotated[
+        str, typer.Option(help="Instead of one: a file with a prompt per line (.jsonl: JSON texts); - for stdin.")
+    ] = "",
+    in_flight: Annotated[
+        int | None, typer.Option(min=1, help="Of --prompts, so many under way at a time.", show_default=str(IN_FLIGHT))
+    ] = None,
     partition: Annotated[
         str, typer.Option(help="As in 'edge[0:2] cloud[2:6] edge[6:8]'.", show_default="all:edge")
     ] = "",
@@ -115,7 +121,10 @@ def generate(
     json_file: JsonFile = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.")] = False,
 ) -> None:
-    """Answer one prompt, alone or with running workers; the answer survives links and machines that are lost."""
+    """Answer a prompt, or several at a time, alone or with running workers; answers survive links and machines that
+    are lost."""
+    from splitwise_llm.cli.several import show_answers
+    from splitwise_llm.engine.flight import Agreed
     from splitwise_llm.model.sampling import Sampling
     from splitwise_llm.wire.codec import ElementLoss
 
@@ -129,20 +138,35 @@ def generate(
         "memory": memory, "emulate": _absolute(emulate), "profile": _absolute(profile),
         "tls": _absolute(str(tls)) if tls else "", "draft": _absolute(draft), "draft_tokens": draft_tokens,
     }  # fmt: skip
-    asked = _Asked(json.loads(json.dumps(said)), explain)
-    text = read_prompt(prompt)
+    texts = asked_prompts(prompt, prompts, in_flight, journal)
+    asked = _Asked(json.loads(json.dumps(said)), explain, (in_flight or IN_FLIGHT) if prompts else None)
     sampling = Sampling(temperature, top_k, top_p, seed)
 
     async def work() -> None:
         with asked.edge() as edge:
+            if prompts:
+                decides = Agreed(asked.decides(edge))
+                await show_answers(
+                    lambda number: edge.generate(
+                        texts[number], decides, max_new_tokens=max_new_tokens, sampling=sampling,
+                        loss=ElementLoss(loss, seed), called=policy, limits=asked.limits, tools=asked.tools,
+                        rules=asked.rules,
+                    ),
+                    len(texts), asked.in_flight or IN_FLIGHT, json_file, quiet, QUIET_EVENTS if not explain else (),
+                )  # fmt: skip
+                warn(edge)
+                return
             generation = edge.generate(
-                text, asked.decides(edge), max_new_tokens=max_new_tokens, sampling=sampling,
+                texts[0], asked.decides(edge), max_new_tokens=max_new_tokens, sampling=sampling,
                 loss=ElementLoss(loss, seed), called=policy, limits=asked.limits, tools=asked.tools, rules=asked.rules,
                 journal=journal, options=asked.said, draft=asked.draft,
             )  # fmt: skip
             await _show(generation, asked, json_file, quiet)
-            if warning := edge.machine.emulation_warning:
-                note(warning)
+            warn(edge)
+
+    def warn(edge: Edge) -> None:
+        if warning := edge.machine.emulation_warning:
+            note(warning)
 
     run(work, json_file)
 
@@ -198,13 +222,15 @@ def resume(
 class _Asked:
     """What the command line said of machines, links and decisions, as both commands need it and a journal keeps it."""
 
-    def __init__(self, said: Mapping[str, Any], explain: bool) -> None:
+    def __init__(self, said: Mapping[str, Any], explain: bool, in_flight: int | None = None) -> None:
         from splitwise_llm.cli.choice import asked_policy
 
-        self.said, self._explain = said, explain
+        self.said, self._explain, self.in_flight = said, explain, in_flight
         self.policy_name: str = said["policy"]
         wire = WirePrecision(said["wire"]) if said["wire"] else None
-        self._policy = asked_policy(self.policy_name, said["partition"], wire, said["chunk"], said["allow_lossy"])
+        self._policy = asked_policy(
+            self.policy_name, said["partition"], wire, said["chunk"], said["allow_lossy"], in_flight
+        )
         self._wire = wire or WirePrecision.FP32
         self.limits = Limits(Floor.parse(said["floor"])) if said["floor"] else UNLIMITED
 

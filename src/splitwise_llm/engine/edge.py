@@ -15,6 +15,7 @@ from splitwise_llm.cost import UNLIMITED, Host, Limits
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.boundaries import Boundaries
+from splitwise_llm.engine.direct import DirectLinks
 from splitwise_llm.engine.drafting import Compute, Draft, Drafting, Lookup, Pace
 from splitwise_llm.engine.generation import Device, Generation
 from splitwise_llm.engine.hosted import KEPT_BYTES
@@ -50,7 +51,8 @@ class Edge:
     """A device with a model and the names of the workers it can reach. Closing it closes its machine.
 
     `direct` gives, for a pair of workers with a link of their own, the address at which the first reaches
-    the second; `rates` what links carry as far as one knows, by worker, or by two workers as in `cloud+third`.
+    the second, `turned` where the second would reach the first, should the first not get through;
+    `rates` what links carry as far as one knows, by worker, or by two workers as in `cloud+third`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Edge:
         connect: Connect | None = None,
         direct: Mapping[tuple[str, str], str] | None = None,
         rates: Mapping[str, Rates] | None = None,
+        turned: Mapping[tuple[str, str], str] | None = None,
     ) -> None:
         if EDGE in workers or len(set(workers)) != len(workers):
             raise RequestError(f"machine names must differ from each other and from '{EDGE}': {', '.join(workers)}")
@@ -73,8 +76,9 @@ class Edge:
             raise RequestError("a direct link joins two different workers, and each pair is named once")
         tokenizer = Tokenizer(machine.checkpoint.directory)
         known = dict(self._rates(link, said, pairs) for link, said in (rates or {}).items())
+        back = {(self._number(b), self._number(a)): address for (b, a), address in (turned or {}).items()}
+        self._device = Device(machine, tokenizer, self.names, connect or _nowhere, DirectLinks(pairs, back), known)
         self._paces: dict[Draft, Pace] = {}
-        self._device = Device(machine, tokenizer, self.names, connect or _nowhere, pairs, known)
 
     def __enter__(self) -> Self:
         return self
@@ -263,6 +267,8 @@ class LinkTo:
             raise RequestError(f"a link was described to {min(unknown)!r}, which is no machine of this call")
         self._clocks: dict[str, LinkClock] = {}
         """One per shaped link: its trace and its outages go on while it is made anew."""
+        self._open: dict[str, list[ShapedLink]] = {}
+        """Of each shaped link, what generations side by side have open: together they get its rate once."""
         self._faults = FaultyConnect(self._dial, {name: Faults(one) for name, one in (faults or {}).items()})
 
     @property
@@ -279,7 +285,10 @@ class LinkTo:
             return link
         if name not in self._clocks:
             self._clocks[name] = LinkClock()
-        return ShapedLink(link, self._shapes[name], self._clocks[name])
+        others = [one for one in self._open.get(name, []) if not one.is_closed]
+        shaped = ShapedLink(link, self._shapes[name], self._clocks[name], beside=others[0] if others else None)
+        self._open[name] = [*others, shaped]
+        return shaped
 
     def close(self) -> None:
         """End the clocks of shaped links."""
@@ -302,8 +311,8 @@ def edge_with(
 ) -> Edge:
     """The device end of a model (`bundled`, a directory or a hub id) with workers at `host:port`, by name.
 
-    `direct` names pairs of workers that reach each other, the second at the address given for it here; `rates` come
-    before those of the shapes.
+    `direct` names pairs of workers that reach each other, the second at the address given for it here, or else the
+    first; `rates` come before those of the shapes.
     Close it, or use it as a context manager. Raises ModelError, RequestError.
     """
     reach = workers if isinstance(workers, LinkTo) else LinkTo(workers)
@@ -312,5 +321,7 @@ def edge_with(
         checkpoint, dtype=dtype, weights=weights, threads=threads, memory_bytes=memory_bytes, emulate=emulate,
         profile=profile,
     )  # fmt: skip
-    pairs = {(a, b): reach.addresses.get(b, "") for a, b in direct}
-    return Edge(machine, tuple(reach.addresses), reach, pairs, reach.rates | dict(rates or {}))
+    named = tuple(direct)
+    pairs = {(a, b): reach.addresses.get(b, "") for a, b in named}
+    turned = {(b, a): reach.addresses.get(a, "") for a, b in named}
+    return Edge(machine, tuple(reach.addresses), reach, pairs, reach.rates | dict(rates or {}), turned)

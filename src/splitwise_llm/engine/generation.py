@@ -23,6 +23,7 @@ from splitwise_llm.engine.admission import Admission
 from splitwise_llm.engine.background import Background
 from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.controller import Controller
+from splitwise_llm.engine.direct import DirectLinks
 from splitwise_llm.engine.drafting import Drafting
 from splitwise_llm.engine.failover import Failover
 from splitwise_llm.engine.filling import Filling
@@ -68,8 +69,8 @@ class Device:
     names: tuple[str, ...]
     """Of machines 0 (this one), 1, ..."""
     connect: Connect
-    direct: Mapping[tuple[int, int], str]
-    """For a pair of workers with a link of their own, the address at which the first reaches the second."""
+    direct: DirectLinks
+    """Between workers."""
     rates: Mapping[tuple[int, int], Rates]
     """Of links, lower number first, as far as they are known."""
 
@@ -107,10 +108,9 @@ class Generation:
         self._shares = Shares(
             device.machine, device.names[DEVICE], DEVICE, request.prompt_tokens + request.max_new_tokens
         )
-        direct = frozenset((min(pair), max(pair)) for pair in device.direct)
         self._controller = Controller(
-            device.machine, device.names, dict(device.rates), direct, policy, request, limits, tools, self._shares.fits,
-            drafting,
+            device.machine, device.names, dict(device.rates), device.direct.pairs, policy, request, limits, tools,
+            self._shares.fits, drafting,
         )  # fmt: skip
         self._tokens: asyncio.Queue[Token | None] = asyncio.Queue()
         self._stream = TextStream(device.tokenizer)
@@ -120,6 +120,8 @@ class Generation:
         self._begun_at = len(journal.ids)
         """Ids there were when this process began with it."""
         self._is_fresh = self._begun_at == request.prompt_tokens
+        self._num_apart = 0
+        """So often two workers did not reach each other."""
         self._precision = ""
         self._record: RequestRecord | None = None
         self.on_event: Callable[[str, str], object] | None = None
@@ -141,8 +143,9 @@ class Generation:
         )  # fmt: skip
         self._filling.patient = self._failover.patient
         self._halting = Halting(
-            device.machine, rules, self._peers, self._office, self._controller, self._background, lambda: self.decision
-        )
+            device.machine, rules, self._peers, self._office, self._controller, self._background, lambda: self.decision,
+            self._silent,
+        )  # fmt: skip
         self._moving = Moving(
             device.names, journal, self._peers, self._controller, self._account, self._filling, self._failover,
             self._halting, self._background, self._tell, self._admission.open_sessions,
@@ -241,7 +244,7 @@ class Generation:
             run = None
             if not self._is_over and not self._admission.misses:
                 await self._admission.open_sessions(self.decision.partition)
-                run = await self._begin("admission" if self._is_fresh else "resume", first=True)
+                run = await self._begin_first("admission" if self._is_fresh else "resume")
         except BaseException:
             await self._leave()
             if self._is_fresh:
@@ -316,6 +319,18 @@ class Generation:
             await self._background.stop_all()
             self._tokens.put_nowait(None)
 
+    async def _begin_first(self, why: str) -> Run:
+        """The first run, of whose failures its caller hears; but where only two workers do not reach each other, it is
+        begun again without their link. Raises SplitwiseError."""
+        while True:
+            apart = self._num_apart
+            try:
+                return await self._begin(why, first=True)
+            except PeerError:
+                if self._num_apart == apart:
+                    raise
+                self._office.close(self._filling.last_run)
+
     async def _begin(self, why: str, first: bool = False) -> Run:
         """Fill what the partition lacks, and begin a run of it. Raises SplitwiseError."""
         decision, known, filling, names = self.decision, len(self.ids), self._filling, self._device.names
@@ -346,7 +361,7 @@ class Generation:
         await self._office.open(post)
         begun = [self._peers[n].answer(Begun, extent.run) for n in workers]
         for number in workers:
-            await self._peers[number].send(filling.begin(number, plan, extent))
+            await self._peers[number].send(filling.begin(number, plan, extent, direct))
         if first:  # loading is no part of the time to the first token
             await asyncio.gather(*begun)
         self._runs.append(run)
@@ -440,6 +455,17 @@ class Generation:
     def failed(self, number: int, run: int, error: SplitwiseError) -> None:
         """One run has failed there."""
         self._office.fail(error if isinstance(error, PeerError) else WorkerFailed(str(error)), run)
+
+    def apart(self, number: int, other: int, why: str) -> None:
+        """The next run does without that link."""
+        self._num_apart += 1
+        self._filling.apart(number, other, why)
+
+    def _silent(self, run: Run, why: str) -> None:
+        """Machines that answer make nothing together: perhaps two of them do not hear each other."""
+        for first, second in self._filling.direct(run.decision.partition):
+            self._device.direct.failed((second, first))
+            self.apart(first, second, f"{why}: perhaps two of them do not hear each other")
 
     def asked(self, number: int, why: str) -> None:
         """A worker came back, is given up, or was waited for long enough."""

@@ -22,7 +22,7 @@ from splitwise_llm.engine.memory import peak_memory_bytes
 from splitwise_llm.engine.post import Extent, Office, Post
 from splitwise_llm.engine.shares import Shares
 from splitwise_llm.engine.walk import Choose, Request, Walker
-from splitwise_llm.errors import LinkDied, ProtocolError, RequestError, SplitwiseError, WorkerFailed
+from splitwise_llm.errors import LinkDied, ProtocolError, RequestError, SplitwiseError, Unreachable, WorkerFailed
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.share import Share
 from splitwise_llm.partition import NAME, Partition
@@ -60,6 +60,14 @@ KEPT_BYTES = 64 * 2**20
 JOINING_S = 10.0
 Advertise = Callable[[], dict[str, float | int | str | None]]
 """How the machine is, an `Advert` field by field."""
+
+
+class _NoWay(Unreachable):
+    """Another worker is not reached directly; the device may find a way round."""
+
+    def __init__(self, message: str, machine: int) -> None:
+        super().__init__(message)
+        self.machine = machine
 
 
 @dataclass(slots=True)
@@ -242,6 +250,9 @@ class Hosted:
                 await self._stop_runs()
             share = await self._share(plan, extent, begin)
             await self._reach(begin)
+        except _NoWay as error:
+            await link.send(pack(Failed(Unreachable.__name__, str(error), run=begin.run, machine=error.machine)))
+            return
         except SplitwiseError as error:
             await link.send(pack(Failed(type(error).__name__, str(error), run=begin.run)))
             return
@@ -291,26 +302,34 @@ class Hosted:
         return share
 
     async def _reach(self, begin: Begin) -> None:
-        """Open the direct links this worker is to open. Raises PeerError."""
+        """Open the direct links this worker is to open. Raises _NoWay."""
         for machine, address in begin.dial.items():
             if machine in self._links and machine in self._neighbours and not self._neighbours[machine].done():
                 continue
-            link = await self._dial(address)
             try:
-                await link.send(pack(Join(self.opening.session, self.number)))
-                async with asyncio.timeout(JOINING_S):
-                    frame = await link.receive()
-            except TimeoutError:
-                frame = None
-            except BaseException:
-                await link.close()
-                raise
-            answer = unpack(frame)[0] if frame else None
-            if not isinstance(answer, Opened):
-                await link.close()
-                why = answer.message if isinstance(answer, Failed) else "it closed the link"
-                raise WorkerFailed(f"{self.opening.names[machine]} ({address}) does not join: {why}")
-            self._neighbour(machine, link)
+                self._neighbour(machine, await self._joined(machine, address))
+            except SplitwiseError as error:
+                names = self.opening.names
+                raise _NoWay(f"{self.name} does not reach {names[machine]} at {address}: {error}", machine) from error
+
+    async def _joined(self, machine: int, address: str) -> Link:
+        """A link to another worker of this session, which has taken it for that. Raises SplitwiseError."""
+        link = await self._dial(address)
+        try:
+            await link.send(pack(Join(self.opening.session, self.number)))
+            async with asyncio.timeout(JOINING_S):
+                frame = await link.receive()
+        except TimeoutError:
+            frame = None
+        except BaseException:
+            await link.close()
+            raise
+        answer = unpack(frame)[0] if frame else None
+        if not isinstance(answer, Opened):
+            await link.close()
+            why = answer.message if isinstance(answer, Failed) else "it closed the link"
+            raise WorkerFailed(f"{self.opening.names[machine]} ({address}) does not join: {why}")
+        return link
 
     async def join(self, link: Link, machine: int) -> None:
         """Serve a link that another worker of this session has opened, until it ends. Raises ProtocolError."""

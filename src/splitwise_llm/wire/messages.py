@@ -260,6 +260,8 @@ class Failed(_Header, frozen=True, tag="failed"):
     """When to come back, of a worker that is full."""
     run: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)] = -1
     """What cannot go on is this run; -1: the session."""
+    machine: Annotated[int, msgspec.Meta(ge=-1, lt=256)] = -1
+    """The worker that this one does not reach directly, though the run says so; -1: it is something else."""
 
 
 H = TypeVar("H", bound=_Header)
