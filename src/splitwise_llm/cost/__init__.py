@@ -28,7 +28,7 @@ from splitwise_llm.cost.counts import (
     units_in,
     weight_bytes,
 )
-from splitwise_llm.cost.hosts import Host, UnitTimes, stage_seconds
+from splitwise_llm.cost.hosts import Host, Rows, UnitTimes, batch_seconds, stage_seconds
 from splitwise_llm.cost.limits import UNLIMITED, Floor, Limits, obstacle
 from splitwise_llm.cost.measured import Measured
 from splitwise_llm.cost.moving import Moving, moving, moving_from
@@ -57,6 +57,7 @@ __all__ = [
     "Pair",
     "Price",
     "Prices",
+    "Rows",
     "Table",
     "Tariff",
     "UnitTimes",
@@ -64,6 +65,7 @@ __all__ = [
     "World",
     "assigned_kv_bytes",
     "assigned_weight_bytes",
+    "batch_seconds",
     "bill",
     "head_flop",
     "memory_bytes",

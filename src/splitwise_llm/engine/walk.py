@@ -16,6 +16,7 @@ from torch import Tensor
 
 from splitwise_llm import cost
 from splitwise_llm.cost import Host
+from splitwise_llm.engine.batching import Piece
 from splitwise_llm.engine.boundaries import Boundaries
 from splitwise_llm.engine.machine import Machine, T
 from splitwise_llm.engine.post import Post
@@ -283,20 +284,25 @@ class Walker:
 
     async def _serial(self, one: _Pass, stop: _Stop, stage: Serial) -> Sampled | None:
         tapped: list[tuple[int, bytes]] = []
+        step, emits = one.step, stage.head and one.step.emits
 
-        def work() -> tuple[Tensor, bytes, int | None]:
-            x, at = self._residual(one), self._at(one)
-            start = stage.start
-            for tap in (half for half in self.taps if start < half < stage.stop):
-                x = self.share.run(x, start, tap, at)
-                tapped.append((tap, codec.encode(x, self.plan.decision.wire)))
-                start = tap
-            x = self.share.run(x, start, stage.stop, at)
-            if stage.head and one.step.emits:
-                return x, b"", self._choose(self.share.logits(x), one.step.start + one.step.count)
+        def finish(x: Tensor, logits: Tensor | None) -> tuple[Tensor, bytes, int | None]:
+            if logits is not None:
+                return x, b"", self._choose(logits[-1], step.start + step.count)
             return (*self._crossed(one, stop, x), None)
 
-        x, payload, token = await self._compute(work, one, stop)
+        piece = Piece(
+            self.share, stage.start, stage.stop, step.count, step.start + step.count,
+            stream=lambda: (self._residual(one), self._at(one)),
+            finish=finish,
+            is_prefill=step.is_prefill,
+            head_rows=1 if emits else 0,
+            taps=tuple(half for half in self.taps if stage.start < half < stage.stop),
+            tap=lambda half, x: tapped.append((half, codec.encode(x, self.plan.decision.wire))),
+        )  # fmt: skip
+        result = await self.machine.run(piece, here=self.post.may_block)
+        self._note(one, stop, result.start_s, result.stop_s)
+        x, payload, token = result.value
         for half, kept in tapped:
             if self.kept is not None:
                 self.kept.put(half, one.step.start, one.step.count, self.plan.decision.wire, kept)
@@ -403,12 +409,16 @@ class Walker:
 
         here = not step.is_prefill and self.post.may_block
         result = await machine.compute(work, predicted, here)
+        if not adding:
+            machine.clock.ran(step.count, result.stop_s - result.start_s)
+        self._note(one, stop, result.start_s, result.stop_s)
+        return result.value
+
+    def _note(self, one: _Pass, stop: _Stop, start_s: float, stop_s: float) -> None:
+        """A stage of a step was computed; the chunk behind may follow."""
         if stop.index in one.done:
             one.done[stop.index].set()
-        if not adding:
-            self.machine.clock.ran(step.count, result.stop_s - result.start_s)
-        self.intervals.append(Interval(stop.index, step.index, result.start_s, result.stop_s, self.post.extent.run))
-        return result.value
+        self.intervals.append(Interval(stop.index, one.step.index, start_s, stop_s, self.post.extent.run))
 
 
 def _ids_out(ids: Sequence[int]) -> bytes:
