@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
@@ -306,7 +306,8 @@ class Compute:
         self._company = Company()
         self._unfinished = 0
         self._is_closed = False
-        self.largest_batch = 0
+        self.batches: Counter[int] = Counter()
+        """Iterations by how many sessions were in them."""
         self._thread = threading.Thread(target=self._live, args=(threads,), name="compute_0", daemon=True)
         self._thread.start()
 
@@ -464,7 +465,7 @@ class Compute:
         self._pace(start_s, [job.piece.part(job.piece.start, job.piece.stop) for job in batch])
         stop_s = time.monotonic()
         self._clock.ran(1, stop_s - start_s)
-        self.largest_batch = max(self.largest_batch, len(batch))
+        self.batches[len(batch)] += 1
         with self._more:
             for job in batch:
                 self._company.went(job.piece.share, stop_s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -162,9 +162,9 @@ class Machine:
         return self.clock.queue_s(self._compute.waiting_rows)
 
     @property
-    def largest_batch(self) -> int:
-        """Sessions whose decode steps were computed together, at most so far."""
-        return self._compute.largest_batch
+    def batches(self) -> Mapping[int, int]:
+        """Iterations on the compute thread so far, by how many sessions decoded in them."""
+        return self._compute.batches
 
     def _held(self, shares: Sequence[_Open]) -> tuple[float, int]:
         """Bytes of weights (slices that shares have in common count once) and of caches."""
