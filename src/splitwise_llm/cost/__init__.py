@@ -30,7 +30,7 @@ from splitwise_llm.cost.counts import (
     weight_bytes,
 )
 from splitwise_llm.cost.drafting import best_draft, tokens_per_round
-from splitwise_llm.cost.hosts import Host, UnitTimes, stage_seconds
+from splitwise_llm.cost.hosts import Host, Rows, UnitTimes, batch_seconds, stage_seconds
 from splitwise_llm.cost.limits import UNLIMITED, Floor, Limits, obstacle
 from splitwise_llm.cost.measured import Measured
 from splitwise_llm.cost.moving import Moving, moving, moving_from
@@ -59,6 +59,7 @@ __all__ = [
     "Pair",
     "Price",
     "Prices",
+    "Rows",
     "Table",
     "Tariff",
     "UnitTimes",
@@ -66,6 +67,7 @@ __all__ = [
     "World",
     "assigned_kv_bytes",
     "assigned_weight_bytes",
+    "batch_seconds",
     "best_draft",
     "bill",
     "head_flop",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from splitwise_llm import cost
 from splitwise_llm.cost import Host
+from splitwise_llm.engine.batching import Piece
 from splitwise_llm.engine.boundaries import Boundaries
 from splitwise_llm.engine.drafting import Drafting
 from splitwise_llm.engine.machine import Machine, T
@@ -373,20 +374,25 @@ class Walker:
 
     async def _serial(self, one: _Pass, stop: _Stop, stage: Serial) -> _Made | None:
         tapped: list[tuple[int, bytes]] = []
+        step, emits = one.step, stage.head and one.step.emits
 
-        def work() -> tuple[Tensor, bytes, tuple[int, ...]]:
-            x, at = self._residual(one), self._at(one)
-            start = stage.start
-            for tap in (half for half in self.taps if start < half < stage.stop):
-                x = self.share.run(x, start, tap, at)
-                tapped.append((tap, codec.encode(x, self.plan.decision.wire)))
-                start = tap
-            x = self.share.run(x, start, stage.stop, at)
-            if stage.head and one.step.emits:
-                return x, b"", self._sampled(one, x)
+        def finish(x: Tensor, logits: Tensor | None) -> tuple[Tensor, bytes, tuple[int, ...]]:
+            if logits is not None:
+                return x, b"", self._sampled(one, logits)
             return (*self._crossed(one, stop, x), ())
 
-        x, payload, sampled = await self._compute(work, one, stop)
+        piece = Piece(
+            self.share, stage.start, stage.stop, step.count, step.start + step.count,
+            stream=lambda: (self._residual(one), self._at(one)),
+            finish=finish,
+            is_prefill=step.is_prefill,
+            head_rows=(1 if step.is_prefill else step.count) if emits else 0,
+            taps=tuple(half for half in self.taps if stage.start < half < stage.stop),
+            tap=lambda half, x: tapped.append((half, codec.encode(x, self.plan.decision.wire))),
+        )  # fmt: skip
+        result = await self.machine.run(piece, here=self.post.may_block)
+        self._note(one, stop, result.start_s, result.stop_s)
+        x, payload, sampled = result.value
         for half, kept in tapped:
             if self.kept is not None:
                 self.kept.put(half, one.step.start, one.step.count, self.plan.decision.wire, kept)
@@ -456,13 +462,11 @@ class Walker:
     def _choose(self, logits: Tensor, position: int) -> int:
         return self.choose(logits, position) if self.choose else sample(logits, self.request.sampling, position)
 
-    def _sampled(self, one: _Pass, x: Tensor) -> tuple[int, ...]:
-        """What follows each position of a step that emits (of a prefill: the last one); where the loop is here, no
-        further than the first drafted token that is wrong."""
-        step = one.step
-        if step.is_prefill:
-            return (self._choose(self.share.logits(x), step.start + step.count),)
-        choices = (self._choose(row, step.start + n + 1) for n, row in enumerate(self.share.each_logits(x)))
+    def _sampled(self, one: _Pass, logits: Tensor) -> tuple[int, ...]:
+        """What follows each position of a step that emits (of a prefill: the last one), from logits (rows, vocab);
+        where the loop is here, no further than the first drafted token that is wrong."""
+        first = one.step.start + one.step.count - len(logits) + 1
+        choices = (self._choose(row, first + n) for n, row in enumerate(logits))
         return self._right(one.drafted, choices) if self.me == self.plan.loop_machine else tuple(choices)
 
     def _at(self, one: _Pass) -> Positions:
@@ -506,12 +510,16 @@ class Walker:
 
         here = not step.is_prefill and self.post.may_block
         result = await machine.compute(work, predicted, here)
+        if not adding:
+            machine.clock.ran(step.count if step.is_prefill else 1, result.stop_s - result.start_s)
+        self._note(one, stop, result.start_s, result.stop_s)
+        return result.value
+
+    def _note(self, one: _Pass, stop: _Stop, start_s: float, stop_s: float) -> None:
+        """A stage of a step was computed; the chunk behind may follow."""
         if stop.index in one.done:
             one.done[stop.index].set()
-        if not adding:
-            self.machine.clock.ran(step.count if step.is_prefill else 1, result.stop_s - result.start_s)
-        self.intervals.append(Interval(stop.index, step.index, result.start_s, result.stop_s, self.post.extent.run))
-        return result.value
+        self.intervals.append(Interval(stop.index, one.step.index, start_s, stop_s, self.post.extent.run))
 
 
 def _ids_out(ids: Sequence[int]) -> bytes:
