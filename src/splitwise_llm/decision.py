@@ -52,6 +52,8 @@ class Decision:
     shadow: bool = field(default=False, compare=False)
     """Whether the device keeps keys and values of everything, so that it can go on alone at once (M is then about 0),
     for the price of computing everything twice."""
+    prefill_wire: WirePrecision | None = None
+    """The precision on the wire of the prompt, whose crossings carry every position; None: as `wire`."""
 
     def __post_init__(self) -> None:
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
@@ -62,6 +64,10 @@ class Decision:
             raise RequestError(
                 f"patience is {self.patience}; expected at least 0 times the time of moving away, or inf"
             )
+
+    def wire_of(self, is_prefill: bool) -> WirePrecision:
+        """The precision on the wire in one of the phases."""
+        return self.prefill_wire or self.wire if is_prefill else self.wire
 
     def num_chunks(self, prompt_tokens: int) -> int:
         """Into how many chunks a prompt is prefilled."""

@@ -170,6 +170,13 @@ class Always:
         return self.decision
 
 
+def innermost(policy: Policy) -> Policy:
+    """The policy inside those that only add to another's answers, which keep it as `policy`."""
+    while (inner := getattr(policy, "policy", None)) is not None:
+        policy = inner
+    return policy
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Menu:
     """The same question asked of many systems at a time: which of a table's plans? Arrays lead with the system.

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from splitwise_llm.cost import Price, World, obstacle, price
+from splitwise_llm.cost import UNKNOWN_CHUNK, Price, World, best_chunk, obstacle, price
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError
-from splitwise_llm.observation import Observation, Occasion, Policy
+from splitwise_llm.observation import Always, Observation, Occasion, Policy
 from splitwise_llm.policies import find_policy
 from splitwise_llm.policies.chains import Flow
 from splitwise_llm.policies.in_flight import Running
@@ -73,6 +73,24 @@ class Insisting:
         decision = self.policy.decide(observation)
         patience = decision.patience if self.patience is None else self.patience
         return replace(decision, patience=patience, shadow=self.shadow or decision.shadow)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunked:
+    """A partition that was given, whose prompt is cut as its price says; by a rule where nobody has measured."""
+
+    policy: Always
+
+    def decide(self, observation: Observation) -> Decision:
+        """The decision with a chunk; the one there is if it goes on with a generation."""
+        decision = self.policy.decide(observation)
+        if observation.placement is not None:
+            return observation.placement.decision
+        if observation.world is None:
+            is_whole = len(decision.partition.machines) == 1 or observation.prompt_tokens <= UNKNOWN_CHUNK
+            return decision if is_whole else replace(decision, prefill_chunk=UNKNOWN_CHUNK)
+        conditions = observation.world.conditions(observation.loads)
+        return replace(decision, prefill_chunk=best_chunk(observation.world, decision, observation.job, conditions))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from splitwise_llm.cli.options import (
     two_names,
     write_json,
 )
+from splitwise_llm.cli.prefill_bar import PrefillBar
 from splitwise_llm.cli.several import IN_FLIGHT, asked_prompts
 from splitwise_llm.cost import UNLIMITED, Floor, Limits
 from splitwise_llm.decision import Decision, WirePrecision
@@ -66,8 +67,12 @@ def generate(
     allow_lossy: Annotated[bool, typer.Option(help="The policy may use int8 and int4 on the wire.")] = False,
     explain: Annotated[bool, typer.Option(help="Say what is chosen, each time, with its price.")] = False,
     wire: Annotated[WirePrecision | None, typer.Option(help="Activations on the wire.", show_default="fp32")] = None,
+    prefill_wire: Annotated[
+        WirePrecision | None, typer.Option(help="The prompt's activations on the wire.", show_default="as --wire")
+    ] = None,
     chunk: Annotated[
-        int | None, typer.Option(min=0, help="Prompt positions per prefill chunk; 0: all at once.")
+        int | None,
+        typer.Option(min=0, help="Prompt positions per prefill chunk; 0: all at once.", show_default="by price"),
     ] = None,
     draft: Annotated[
         str,
@@ -136,7 +141,8 @@ def generate(
         "patience": None if patience is None else str(patience),
         "shadow": shadow, "give_up": str(give_up), "dtype": dtype, "weights": weights, "threads": threads,
         "memory": memory, "emulate": _absolute(emulate), "profile": _absolute(profile),
-        "tls": _absolute(str(tls)) if tls else "", "draft": _absolute(draft), "draft_tokens": draft_tokens,
+        "tls": _absolute(str(tls)) if tls else "",
+        "prefill_wire": prefill_wire, "draft": _absolute(draft), "draft_tokens": draft_tokens,
     }  # fmt: skip
     texts = asked_prompts(prompt, prompts, in_flight, journal)
     asked = _Asked(json.loads(json.dumps(said)), explain, (in_flight or IN_FLIGHT) if prompts else None)
@@ -288,7 +294,7 @@ class _Asked:
 
     def decides(self, edge: Edge) -> Policy:
         """Who decides, with patience and shadow as they were asked for."""
-        from splitwise_llm.cli.choice import Explained, Insisting
+        from splitwise_llm.cli.choice import Chunked, Explained, Insisting
 
         said = self.said
         patience = None if said["patience"] is None else float(said["patience"])  # as text: JSON has no infinity
@@ -296,10 +302,13 @@ class _Asked:
             partition = edge.partition(said["partition"] or "all:edge")
             draft = self.draft
             most = draft.most if draft and draft.by != "off" else 0
-            decision = Decision(partition, self._wire, said["chunk"] or None, most, shadow=said["shadow"])
+            prompt_wire = WirePrecision(said["prefill_wire"]) if said.get("prefill_wire") else None
+            decision = Decision(
+                partition, self._wire, said["chunk"] or None, most, shadow=said["shadow"], prefill_wire=prompt_wire
+            )
             if patience is not None:
                 decision = replace(decision, patience=patience)
-            decides: Policy = Always(decision)
+            decides: Policy = Always(decision) if said["chunk"] is not None else Chunked(Always(decision))
         else:
             decides = Insisting.where_asked(self._policy, patience, said["shadow"])
         return Explained(decides, self.policy_name or "--partition", edge.names, note) if self._explain else decides
@@ -311,13 +320,17 @@ async def _show(generation: Generation, asked: _Asked, json_file: Path | None, q
         generation.on_event = lambda kind, text: (
             None if kind in QUIET_EVENTS and not asked._explain else note(f"\n[{kind}] {text}")
         )
+    bar = PrefillBar(not quiet)
+    generation.on_prefill = bar.advance
     async with generation:
         for name, error in generation.unreachable.items() if asked.policy_name and not quiet else ():
             note(f"going on without {name}: {error}")
         try:
             async for token in generation:
+                bar.stop()
                 print(token.text, end="", flush=True)
         finally:
+            bar.stop()
             print()
             path = generation.status.journal_path
             if path and not generation.is_complete and not quiet:

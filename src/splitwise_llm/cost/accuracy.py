@@ -54,8 +54,11 @@ class Accuracy:
         return lost
 
     def of_wire(self, plan: Plan, layers: int) -> float:
-        """Loss by what crosses: the residual stream counts once per boundary, and so do the parts of a shared half."""
-        by_boundary = self.wire_by_boundary(plan.decision.wire, layers)
+        """Loss by what crosses: the residual stream counts once per boundary, and so do the parts of a shared half.
+        Where the prompt has another precision, the lossier of the two is charged for both phases: tables are measured
+        with one, and what is lost in the prompt's keys and values is lost for every token."""
+        wires = {plan.decision.wire_of(is_prefill) for is_prefill in (False, True)}
+        by_boundary = [max(lost) for lost in zip(*(self.wire_by_boundary(w, layers) for w in wires), strict=True)]
         lost = 0.0
         for index, stage in enumerate(plan.stages):
             kinds = {move.kind for move in plan.moves_after(index)} & {Kind.RESIDUAL, Kind.PARTIAL}

@@ -30,6 +30,8 @@ FADES = 0.97
 SLOWER_SHARE = 0.15
 """Of a step, what each drafted token adds to it until that was measured."""
 
+PRICED_STEP = 0.05
+
 RECENT = 0.2
 """Weight of the newest time in an average."""
 
@@ -218,8 +220,9 @@ class Drafting:
 
     @property
     def as_priced(self) -> PricedDrafter:
-        """As the cost model knows it."""
-        return PricedDrafter(min(self.pace.effective_acceptance, 0.99), self.model)
+        """As the cost model knows it, in steps: plans are priced anew for each figure."""
+        steps = round(self.pace.effective_acceptance / PRICED_STEP)
+        return PricedDrafter(min(steps * PRICED_STEP, 1 - PRICED_STEP), self.model)
 
     async def propose(self, ids: Sequence[int], room: int) -> tuple[int, ...]:
         """The tokens to verify after these, at most `room`. A drafter that fails is done with; what is no id ends a

@@ -29,7 +29,7 @@ from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.drafter import ModelDrafter
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.tokenizer import Tokenizer
-from splitwise_llm.observation import Always, Policy, Tools
+from splitwise_llm.observation import Always, Policy, Tools, innermost
 from splitwise_llm.partition import NAME, Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.spec import DeviceSpec, Dtype, Weights
@@ -213,7 +213,7 @@ class Edge:
     def _drafting(self, policy: Policy, draft: Draft | None, request: Request) -> Drafting | None:
         """Who proposes tokens for a session on this device; None: nobody. What was right in earlier texts is what is
         expected of the next. Raises ModelError, RequestError."""
-        decided = getattr(policy, "policy", policy)
+        decided = innermost(policy)
         if draft is None and isinstance(decided, Always):
             draft = Draft(most=decided.decision.draft, is_free=False) if decided.decision.draft else None
         elif draft is None:

@@ -122,6 +122,7 @@ class Filling:
             run=extent.run,
             partition=decision.partition.to_bytes(),
             wire=decision.wire,
+            prefill_wire=decision.wire_of(is_prefill=True),
             prefill_chunk=decision.prefill_chunk or 0,
             start=extent.start,
             known=extent.known,
@@ -159,7 +160,7 @@ class Filling:
     async def _fill(self, fill: Fill, decision: Decision) -> None:
         """Walk an excerpt of a plan on all machines that it concerns. Raises SplitwiseError."""
         wire = next(iter(self.wires)) if len(self.wires) == 1 else WirePrecision.FP32
-        decision = replace(decision, wire=wire if fill.first else decision.wire)
+        decision = replace(decision, prefill_wire=wire if fill.first else decision.wire_of(is_prefill=True))
         partition, feeder = decision.partition, fill.feeder if fill.first else None
         spec, num_machines = self.machine.spec, len(self.names)
         last = self._lacking(fill, partition)

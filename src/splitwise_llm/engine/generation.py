@@ -126,6 +126,8 @@ class Generation:
         self._record: RequestRecord | None = None
         self.on_event: Callable[[str, str], object] | None = None
         """Told of what happens besides tokens (kind, text), as it happens."""
+        self.on_prefill: Callable[[int, int], object] | None = None
+        """Told how many positions of the prompt, of how many, this device is done with."""
         self._account = Account(device.names, called)
         self._runs = self._account.runs
         self._background = Background(self._tell)
@@ -348,14 +350,15 @@ class Generation:
             plan, self._request, share, self._device.machine, post, ids=self.ids, on_token=self._take,
             choose=self._choose, kept=self._journal.boundaries, taps=self._taps(decision.partition),
             drafting=self._controller.begin_drafting(decision) if plan.loop_machine == DEVICE else None,
+            on_chunk=lambda done: self.on_prefill(done, known) if self.on_prefill else None,
         )  # fmt: skip
         post.keep = walker.keep
         run = Run(decision, walker, post, workers, time.monotonic() - self._account.start_s, why)
-        filling.wires.add(decision.wire)
+        filling.wires |= {decision.wire, decision.wire_of(is_prefill=True)}
         self._note_precision(decision)
         text = decision.partition.text(names)
         self._journal.decide(
-            Decided(extent.run, text, decision.wire, decision.prefill_chunk, start, why, draft=decision.draft)
+            Decided(extent.run, text, _wires(decision), decision.prefill_chunk, start, why, draft=decision.draft)
         )
         self._halting.is_due.clear()
         await self._office.open(post)
@@ -397,7 +400,7 @@ class Generation:
         used = {formats[n] for n in decision.partition.machines if n in formats}
         now = " and ".join(sorted(f"{dtype} with {weights} weights" for dtype, weights in used))
         if len(decision.partition.machines) > 1:
-            now += f", {decision.wire} on the wire"
+            now += f", {_wires(decision)} on the wire"
         elif self._precision.startswith(now):  # nothing crosses
             now = self._precision
         if self._precision not in ("", now) and not now.startswith(self._precision):
@@ -505,7 +508,7 @@ class Generation:
                             self._account.peak_memory_bytes[peer.number] = answer.peak_memory_bytes
         self._journal.finish("stop" if self.ids[-1] in self._request.stop_ids else "length")
         self._account.peak_memory_bytes[DEVICE] = peak_memory_bytes()
-        self._account.is_degraded |= len(self._filling.wires) > 1
+        self._account.is_degraded |= len({_wires(run.decision) for run in self._runs}) > 1
         emulated = {n: peer.greeted.welcome.emulated for n, peer in self._peers.items() if peer.greeted}
         emulated[DEVICE] = self._device.machine.emulated
         made = len(self.ids) - self._begun_at
@@ -521,3 +524,8 @@ class Generation:
         await asyncio.to_thread(self._journal.close)  # it waits for the disk
         for_good = bool(self._journal.finished) or self._journal.path is None
         await asyncio.gather(*(peer.leave(for_good) for peer in self._peers.values()), return_exceptions=True)
+
+
+def _wires(decision: Decision) -> str:
+    wire, prompt = decision.wire, decision.wire_of(is_prefill=True)
+    return str(wire) if prompt is wire else f"{wire} (the prompt in {prompt})"

@@ -167,6 +167,8 @@ class Walker:
     """Called on the device for each token, in order."""
     drafting: Drafting | None = None
     """Where the token loop is."""
+    on_chunk: Callable[[int], object] | None = None
+    """Called with the positions of the prompt that this machine is done with."""
     choose: Choose | None = None
     """Replaces sampling where the head is on this machine."""
     intervals: list[Interval] = field(default_factory=list)
@@ -256,10 +258,16 @@ class Walker:
         before: dict[int, asyncio.Event] = {}
         for index in range(self.plan.decision.num_chunks(extent.known - extent.start)):
             done = {stop.index: asyncio.Event() for stop in self._stops if not stop.only_if_emits}
-            walks.append(self._walk(_Pass(self.post.step(index), done, before), None))
+            walks.append(self._chunk(_Pass(self.post.step(index), done, before)))
             before = done
         tokens = await _all(walks)
         return tokens[-1]
+
+    async def _chunk(self, one: _Pass) -> _Made | None:
+        made = await self._walk(one, None)
+        if self.on_chunk:
+            self.on_chunk(one.step.start + one.step.count)
+        return made
 
     async def _hand_over(self, one: _Pass, made: _Made | None) -> _Made | None:
         """Bring the tokens of a step to the device; it judges what was drafted where the loop is its own."""
@@ -318,7 +326,7 @@ class Walker:
                 self._learn(one, letter)
                 one.depth = max(one.depth, letter.depth)
                 self.keep(stop.arrives, one.step, letter.payload)
-                one.pending = partial(self._decode, letter.payload, self.plan.rows(stop.arrives, one.step))
+                one.pending = partial(self._decode, one, letter.payload, self.plan.rows(stop.arrives, one.step))
             if stop.index in one.before:  # chunks pass a stage in order: its keys and values grow from the front
                 await one.before[stop.index].wait()
             if isinstance(stop.stage, Serial):
@@ -352,7 +360,7 @@ class Walker:
 
     async def _feed(self, one: _Pass) -> None:
         """The stream before an excerpt, as it was kept, goes to those who begin with it."""
-        step, wire = one.step, self.plan.decision.wire
+        step, wire = one.step, self.plan.wire(one.step)
         if self.kept is None:
             raise BrokenInvariant("a machine without memory is to feed an excerpt")
         if not self.kept.covers(self.plan.first, step.start, step.start + step.count):
@@ -363,14 +371,14 @@ class Walker:
         for move in self.plan.moves_after(-1):
             if move.kind is Kind.RESIDUAL:
                 await self.post.send(move, step, payload, one.depth)
-        one.pending = partial(self._decode, memoryview(payload), step.count)
+        one.pending = partial(self._decode, one, memoryview(payload), step.count)
 
     def keep(self, move: Move, step: Step, payload: bytes | memoryview) -> None:
         """Keep a residual stream that crossed, unless only a part of it did."""
         if self.kept is not None and move.kind is Kind.RESIDUAL and not move.last_only and move.after >= 0:
             stage = self.plan.stages[move.after]
             half = stage.stop if isinstance(stage, Serial) else stage.half + 1
-            self.kept.put(half, step.start, step.count, self.plan.decision.wire, payload)
+            self.kept.put(half, step.start, step.count, self.plan.wire(step), payload)
 
     async def _serial(self, one: _Pass, stop: _Stop, stage: Serial) -> _Made | None:
         tapped: list[tuple[int, bytes]] = []
@@ -388,21 +396,21 @@ class Walker:
             is_prefill=step.is_prefill,
             head_rows=(1 if step.is_prefill else step.count) if emits else 0,
             taps=tuple(half for half in self.taps if stage.start < half < stage.stop),
-            tap=lambda half, x: tapped.append((half, codec.encode(x, self.plan.decision.wire))),
+            tap=lambda half, x: tapped.append((half, codec.encode(x, self.plan.wire(step)))),
         )  # fmt: skip
         result = await self.machine.run(piece, here=self.post.may_block)
         self._note(one, stop, result.start_s, result.stop_s)
         x, payload, sampled = result.value
         for half, kept in tapped:
             if self.kept is not None:
-                self.kept.put(half, one.step.start, one.step.count, self.plan.decision.wire, kept)
+                self.kept.put(half, step.start, step.count, self.plan.wire(step), kept)
         if sampled:
             return _Made(sampled, one.depth)
         await self._send_residual(one, stop, x, payload)
         return None
 
     async def _shared(self, one: _Pass, stop: _Stop, stage: Shared) -> None:
-        wire = self.plan.decision.wire
+        wire = self.plan.wire(one.step)
 
         def work() -> tuple[Tensor, Tensor, bytes]:
             x = self._residual(one)
@@ -430,7 +438,7 @@ class Walker:
             one.depth = max(one.depth, letter.depth)
 
         def joined() -> Tensor:
-            partials = [own if m == self.me else self._decode(others[m], own.shape[0]) for m in stage.machines]
+            partials = [own if m == self.me else self._decode(one, others[m], own.shape[0]) for m in stage.machines]
             return self.share.join(x, partials, stage.half)
 
         if stop.crossing is None:
@@ -454,7 +462,7 @@ class Walker:
         if stop.last_only and one.step.is_prefill:
             x = x[-1:]
         x = self._lose(x, stop.index, Kind.RESIDUAL, stop.crossing.src, one.step)
-        wire = self.plan.decision.wire
+        wire = self.plan.wire(one.step)
         return codec.round_trip(x, wire), codec.encode(x, wire) if stop.residuals_out else b""
 
     # Small things
@@ -482,8 +490,8 @@ class Walker:
         pending, one.pending = one.pending, None
         return pending()
 
-    def _decode(self, payload: memoryview, rows: int) -> Tensor:
-        x = codec.decode(payload, self.plan.decision.wire, rows, self.plan.d_model)
+    def _decode(self, one: _Pass, payload: memoryview, rows: int) -> Tensor:
+        x = codec.decode(payload, self.plan.wire(one.step), rows, self.plan.d_model)
         return x.to(dtype=self.share.dtype, device=self.share.device)
 
     def _lose(self, x: Tensor, index: int, kind: Kind, src: int, step: Step) -> Tensor:

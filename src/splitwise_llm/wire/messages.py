@@ -110,6 +110,7 @@ class Begin(_Header, frozen=True, tag="begin"):
     run: Count
     partition: bytes
     wire: str
+    prefill_wire: str
     prefill_chunk: Count
     """0: all at once."""
     start: Count
