@@ -52,21 +52,22 @@ def faster(name: str, times: float) -> DeviceSpec:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What runs: prompts of equal length from the bundled excerpt, greedily, none of which ends early."""
+    """What runs: prompts of equal length from the bundled excerpt, greedily, none of which ends early. The lengths are
+    EdgeShard's."""
 
     in_flight: int = 4
-    batches: int = 3
+    batches: int = 2
     """So many sequences per place in flight."""
     prompt_tokens: int = 32
-    tokens: int = 32
+    tokens: int = 96
 
     @property
     def job(self) -> Job:
         return Job(self.prompt_tokens, self.tokens)
 
     def sequences(self, in_flight: int) -> int:
-        """How many are answered in all; of one at a time as many as otherwise are under way."""
-        return self.in_flight * (self.batches if in_flight > 1 else 1)
+        """How many are answered in all."""
+        return in_flight * self.batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +168,7 @@ async def run_pipeline(rounds: int, setting: Setting, tell: Tell) -> Figures:
         promised = {count: pipeline.predicted_per_s(count) for count in played}
         bound = setting.tokens / pipeline.route().seconds
         several, alone = measured[str(setting.in_flight)], measured["1"]
-        texts = {one.texts[: setting.in_flight] for found in played.values() for one in found}
+        texts = {one.texts[: setting.batches] for found in played.values() for one in found}
         figures = Figures("pipeline", asdict(setting) | {"partition": pipeline.partition, "emulated": True})
         figures.add_median(
             "throughput_over_predicted", [one / promised[setting.in_flight] for one in several],

@@ -119,8 +119,7 @@ class Flight:
         self.room = max(self.room, self._under_way)  # this one was opened while another one was refused
         try:
             async for _ in generation:
-                pass
-            self.seconds = time.monotonic() - self._start_s
+                self.seconds = time.monotonic() - self._start_s
         except (UserError, PeerError) as error:
             return Answer(number, None, error)
         finally:
