@@ -193,7 +193,7 @@ class Plan:
 
     def wire(self, step: Step) -> WirePrecision:
         """The precision on the wire in a step."""
-        return self.decision.wire_of(step.is_prefill)
+        return self.decision.wire_in(step.is_prefill)
 
     def step(self, index: int, known: int, start: int = 0) -> Step:
         """Step number `index` of a run over ids of which `known` are there and the first `start` are cached: a

@@ -144,7 +144,7 @@ class Lab:
 
     def begin(self, run: int = 1, where: Partition | None = None, **changes: object) -> Begin:
         """Four ids are there, and six tokens may follow."""
-        usual = Begin(run, (where or self.cut).to_bytes(), "fp32", "fp32", 0, start=0, known=4, tokens=6)
+        usual = Begin(run, (where or self.cut).to_bytes(), "fp32", 0, start=0, known=4, tokens=6)
         return msgspec.structs.replace(usual, **changes)
 
     async def begun(self, device: Speaker, run: int = 1, where: Partition | None = None, **changes: object) -> None:

@@ -246,7 +246,9 @@ class _Asked:
 
         if not self.said["allow_lossy"]:
             return None
-        return Tools((LOSSLESS[Dtype(self.said["dtype"])], *LOSSY), EVERYTHING.chunks, DRAFTS)
+        return Tools(
+            (LOSSLESS[Dtype(self.said["dtype"])], *LOSSY), EVERYTHING.chunks, DRAFTS, (None, WirePrecision.INT8)
+        )
 
     @property
     def draft(self) -> Draft | None:

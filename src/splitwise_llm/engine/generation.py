@@ -354,11 +354,14 @@ class Generation:
         )  # fmt: skip
         post.keep = walker.keep
         run = Run(decision, walker, post, workers, time.monotonic() - self._account.start_s, why)
-        filling.wires |= {decision.wire, decision.wire_of(is_prefill=True)}
+        filling.wires |= decision.wires
         self._note_precision(decision)
         text = decision.partition.text(names)
+        wire, early = decision.wire, decision.prefill_wire
         self._journal.decide(
-            Decided(extent.run, text, _wires(decision), decision.prefill_chunk, start, why, draft=decision.draft)
+            Decided(
+                extent.run, text, wire, decision.prefill_chunk, start, why, draft=decision.draft, prefill_wire=early
+            )
         )
         self._halting.is_due.clear()
         await self._office.open(post)
@@ -527,5 +530,5 @@ class Generation:
 
 
 def _wires(decision: Decision) -> str:
-    wire, prompt = decision.wire, decision.wire_of(is_prefill=True)
-    return str(wire) if prompt is wire else f"{wire} (the prompt in {prompt})"
+    early = decision.prefill_wire
+    return f"{decision.wire} ({early} in prefill)" if early else str(decision.wire)

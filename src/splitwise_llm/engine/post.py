@@ -99,7 +99,7 @@ class Post:
     def _form(self, move: Move) -> _Form:
         activations = move.kind in (Kind.RESIDUAL, Kind.PARTIAL)
         decision, columns = self.plan.decision, self.plan.d_model if activations else 1
-        dtypes = [decision.wire_of(is_prefill).value if activations else IDS for is_prefill in (False, True)]
+        dtypes = [decision.wire_in(is_prefill).value if activations else IDS for is_prefill in (False, True)]
         legs = self.plan.legs(move.src, move.dst)
         hops = [hop for _, hop in legs[1:]] + [None]
         onward = {src: hop for (src, dst), hop in zip(legs, hops, strict=True) if dst == self.me}

@@ -110,7 +110,6 @@ class Begin(_Header, frozen=True, tag="begin"):
     run: Count
     partition: bytes
     wire: str
-    prefill_wire: str
     prefill_chunk: Count
     """0: all at once."""
     start: Count
@@ -128,6 +127,8 @@ class Begin(_Header, frozen=True, tag="begin"):
     """Who takes part in the last half of a fill, where it is shared; empty: all."""
     direct: list[tuple[int, int]] = []
     """Pairs of workers that reach each other without the device."""
+    prefill_wire: str = ""
+    """Of prefill chunks; empty: `wire`."""
     dial: dict[int, str] = {}
     """Address of each machine that this worker is to dial for such a pair."""
 
