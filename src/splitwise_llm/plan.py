@@ -174,10 +174,11 @@ class Plan:
             case _:
                 return step.count
 
-    def payload_bytes(self, move: Move, rows: int) -> int:
-        """Payload of a move that carries `rows` positions."""
+    def payload_bytes(self, move: Move, step: Step) -> int:
+        """Payload of a move in a step; 0 when nothing is sent."""
+        rows = self.rows(move, step)
         if move.kind in (Kind.RESIDUAL, Kind.PARTIAL):
-            return self.decision.wire.payload_bytes(rows, self.d_model)
+            return self.decision.wire_in(step.is_prefill).payload_bytes(rows, self.d_model)
         return TOKEN_ID_BYTES * rows
 
     def step(self, index: int, known: int, start: int = 0) -> Step:
@@ -205,7 +206,7 @@ class Plan:
                 rows = self.rows(move, step)
                 for src, dst in self.legs(move.src, move.dst) if rows else ():
                     counts[move.after, move.kind, src, dst] += 1
-                    sizes[move.after, move.kind, src, dst] += self.payload_bytes(move, rows)
+                    sizes[move.after, move.kind, src, dst] += self.payload_bytes(move, step)
         return crossings(counts, sizes)
 
     @property

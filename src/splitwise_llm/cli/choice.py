@@ -22,7 +22,12 @@ from splitwise_llm.records import RequestRecord
 
 
 def asked_policy(
-    name: str, partition: str, wire: WirePrecision | None, chunk: int | None, allow_lossy: bool
+    name: str,
+    partition: str,
+    wire: WirePrecision | None,
+    chunk: int | None,
+    allow_lossy: bool,
+    prefill_wire: WirePrecision | None = None,
 ) -> Policy | None:
     """The policy of a name; None for no name. Raises RequestError for an unknown one, one that needs more than a
     session, and for options that say what it is to find out."""
@@ -32,10 +37,10 @@ def asked_policy(
         return None
     if partition:
         raise RequestError("--policy and --partition exclude each other: give the one that is to decide")
-    if wire is not None or chunk is not None:
+    if wire is not None or chunk is not None or prefill_wire is not None:
         raise RequestError(
-            "with --policy the wire precision and the chunk are the policy's to choose: leave out --wire and --chunk; "
-            "--allow-lossy lets it use int8 and int4"
+            "with --policy the wire precision and the chunk are the policy's to choose: leave out --wire, "
+            "--prefill-wire and --chunk; --allow-lossy lets it use int8 and int4"
         )
     policy = find_policy(name)
     if isinstance(policy, EdgeShard) and policy.program is Program.THROUGHPUT:
@@ -191,7 +196,8 @@ def _decision(decision: Decision, names: Sequence[str]) -> str:
     if len(decision.partition.machines) == 1:
         return decision.partition.text(names)
     chunks = f"chunks of {decision.prefill_chunk}" if decision.prefill_chunk else "the prompt at once"
-    return f"{decision.partition.text(names)}, {decision.wire} on the wire, {chunks}"
+    wire = f"{decision.wire} on the wire" + (f" ({decision.prefill_wire} in prefill)" if decision.prefill_wire else "")
+    return f"{decision.partition.text(names)}, {wire}, {chunks}"
 
 
 def _price(one: Price) -> str:

@@ -59,6 +59,10 @@ def generate(
     allow_lossy: Annotated[bool, typer.Option(help="The policy may use int8 and int4 on the wire.")] = False,
     explain: Annotated[bool, typer.Option(help="Say what is chosen, each time, with its price.")] = False,
     wire: Annotated[WirePrecision | None, typer.Option(help="Activations on the wire.", show_default="fp32")] = None,
+    prefill_wire: Annotated[
+        WirePrecision | None,
+        typer.Option(help="Activations on the wire while the prompt is prefilled.", show_default="as --wire"),
+    ] = None,
     chunk: Annotated[
         int | None, typer.Option(min=0, help="Prompt positions per prefill chunk; 0: all at once.")
     ] = None,
@@ -111,7 +115,8 @@ def generate(
 
     said = {
         "model": _absolute(model), "machine": machine or [], "partition": partition, "policy": policy, "floor": floor,
-        "allow_lossy": allow_lossy, "wire": wire, "chunk": chunk, "link": [_settled_link(one) for one in link or []],
+        "allow_lossy": allow_lossy, "wire": wire, "prefill_wire": prefill_wire, "chunk": chunk,
+        "link": [_settled_link(one) for one in link or []],
         "trace": [_settled_file(one) for one in trace or []],
         "fault": fault or [], "link_rate": link_rate or [], "direct": direct or [],
         "patience": None if patience is None else str(patience),
@@ -194,7 +199,11 @@ class _Asked:
         self.said, self._explain = said, explain
         self.policy_name: str = said["policy"]
         wire = WirePrecision(said["wire"]) if said["wire"] else None
-        self._policy = asked_policy(self.policy_name, said["partition"], wire, said["chunk"], said["allow_lossy"])
+        early = said.get("prefill_wire")  # a journal of an older version does not say
+        self._prefill_wire = WirePrecision(early) if early else None
+        self._policy = asked_policy(
+            self.policy_name, said["partition"], wire, said["chunk"], said["allow_lossy"], self._prefill_wire
+        )
         self._wire = wire or WirePrecision.FP32
         self.limits = Limits(Floor.parse(said["floor"])) if said["floor"] else UNLIMITED
 
@@ -204,7 +213,8 @@ class _Asked:
 
         if not self.said["allow_lossy"]:
             return None
-        return Tools((LOSSLESS[Dtype(self.said["dtype"])], *LOSSY), EVERYTHING.chunks)
+        wires = (LOSSLESS[Dtype(self.said["dtype"])], *LOSSY)
+        return Tools(wires, EVERYTHING.chunks, prefill_wires=(None, WirePrecision.INT8))
 
     @property
     def rules(self) -> RecoveryRules:
@@ -250,7 +260,9 @@ class _Asked:
         patience = None if said["patience"] is None else float(said["patience"])  # as text: JSON has no infinity
         if self._policy is None:
             partition = edge.partition(said["partition"] or "all:edge")
-            decision = Decision(partition, self._wire, said["chunk"] or None, shadow=said["shadow"])
+            decision = Decision(
+                partition, self._wire, said["chunk"] or None, prefill_wire=self._prefill_wire, shadow=said["shadow"]
+            )
             if patience is not None:
                 decision = replace(decision, patience=patience)
             decides: Policy = Always(decision)

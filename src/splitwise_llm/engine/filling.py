@@ -115,6 +115,7 @@ class Filling:
             run=extent.run,
             partition=decision.partition.to_bytes(),
             wire=decision.wire,
+            prefill_wire=decision.prefill_wire or "",
             prefill_chunk=decision.prefill_chunk or 0,
             start=extent.start,
             known=extent.known,
@@ -143,7 +144,7 @@ class Filling:
     async def _fill(self, fill: Fill, decision: Decision) -> None:
         """Walk an excerpt of a plan on all machines that it concerns. Raises SplitwiseError."""
         wire = next(iter(self.wires)) if len(self.wires) == 1 else WirePrecision.FP32
-        decision = replace(decision, wire=wire if fill.first else decision.wire)
+        decision = replace(decision, wire=wire, prefill_wire=None) if fill.first else decision
         partition, feeder = decision.partition, fill.feeder if fill.first else None
         spec, num_machines = self.machine.spec, len(self.names)
         last = self._lacking(fill, partition)
@@ -188,7 +189,14 @@ class Filling:
         what = f"halves {fill.first} to {fill.stop}, positions {fill.start} to {fill.context}"
         self.account.fills.append(
             RunRecord(
-                extent.run, partition.text(self.names), decision.wire, fill.start, fill.context, 0, at_s, f"fill {what}"
+                extent.run,
+                partition.text(self.names),
+                decision.wire_in(is_prefill=True),
+                fill.start,
+                fill.context,
+                0,
+                at_s,
+                f"fill {what}",
             )
         )
         self.tell("fill", f"computed {what} again on {' and '.join(self.names[m] for m in sorted(involved))}")

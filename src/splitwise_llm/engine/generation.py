@@ -438,10 +438,13 @@ class Generation:
         )  # fmt: skip
         post.keep = walker.keep
         run = Run(decision, walker, post, workers, time.monotonic() - self._account.start_s, why)
-        filling.wires.add(decision.wire)
+        filling.wires |= decision.wires
         self._note_precision(decision)
         text = decision.partition.text(names)
-        self._journal.decide(Decided(extent.run, text, decision.wire, decision.prefill_chunk, start, why))
+        decided = Decided(
+            extent.run, text, decision.wire, decision.prefill_chunk, start, why, prefill_wire=decision.prefill_wire
+        )
+        self._journal.decide(decided)
         self._halt.clear()
         await self._office.open(post)
         begun = [self._peers[n].answer(Begun, extent.run) for n in workers]
@@ -474,6 +477,7 @@ class Generation:
         now = " and ".join(sorted(f"{dtype} with {weights} weights" for dtype, weights in used))
         if len(decision.partition.machines) > 1:
             now += f", {decision.wire} on the wire"
+            now += f" ({decision.prefill_wire} in prefill)" if decision.prefill_wire else ""
         elif self._precision.startswith(now):  # nothing crosses
             now = self._precision
         if self._precision not in ("", now) and not now.startswith(self._precision):

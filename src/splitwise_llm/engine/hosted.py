@@ -259,15 +259,18 @@ class Hosted:
                 raise ProtocolError(f"machine {machine} is not to be dialled by machine {self.number}")
         if len(pairs) < len(begin.direct) or any(len(p) < 2 or max(p) >= num_machines for p in pairs):
             raise ProtocolError(f"direct links {begin.direct} name a pair twice, or machines that are not there")
-        if begin.wire not in list(WirePrecision):
-            raise RequestError(f"unknown wire precision {begin.wire!r}; known are {', '.join(WirePrecision)}")
+        for wire in (begin.wire, begin.prefill_wire or begin.wire):
+            if wire not in list(WirePrecision):
+                raise RequestError(f"unknown wire precision {wire!r}; known are {', '.join(WirePrecision)}")
         if not begin.start < begin.known or begin.known + max(begin.tokens - 1, 0) > self.opening.capacity:
             raise ProtocolError(
                 f"positions {begin.start} to {begin.known} and {begin.tokens} tokens are no run of a session of "
                 f"{self.opening.capacity} positions"
             )
         partition = Partition.from_bytes(begin.partition, spec)
-        decision = Decision(partition, WirePrecision(begin.wire), begin.prefill_chunk or None)
+        prefill_wire = WirePrecision(begin.prefill_wire) if begin.prefill_wire else None
+        chunk = begin.prefill_chunk or None
+        decision = Decision(partition, WirePrecision(begin.wire), chunk, prefill_wire=prefill_wire)
         extent = Extent(begin.run, begin.start, begin.known, begin.tokens)
         if begin.tokens:
             return plans.compile(decision, spec, num_machines, begin.direct), extent

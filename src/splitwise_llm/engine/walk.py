@@ -16,6 +16,7 @@ from torch import Tensor
 
 from splitwise_llm import cost
 from splitwise_llm.cost import Host
+from splitwise_llm.decision import WirePrecision
 from splitwise_llm.engine.boundaries import Boundaries
 from splitwise_llm.engine.machine import Machine, T
 from splitwise_llm.engine.post import Post
@@ -232,7 +233,7 @@ class Walker:
                 payload, depth = await self.post.receive(stop.arrives, one.step)
                 one.depth = max(one.depth, depth)
                 self.keep(stop.arrives, one.step, payload)
-                one.pending = partial(self._decode, payload, self.plan.rows(stop.arrives, one.step))
+                one.pending = partial(self._decode, payload, self.plan.rows(stop.arrives, one.step), one.step)
             if stop.index in one.before:  # chunks pass a stage in order: its keys and values grow from the front
                 await one.before[stop.index].wait()
             if isinstance(stop.stage, Serial):
@@ -261,7 +262,7 @@ class Walker:
 
     async def _feed(self, one: _Pass) -> None:
         """The stream before an excerpt, as it was kept, goes to those who begin with it."""
-        step, wire = one.step, self.plan.decision.wire
+        step, wire = one.step, self._wire(one.step)
         if self.kept is None:
             raise BrokenInvariant("a machine without memory is to feed an excerpt")
         if not self.kept.covers(self.plan.first, step.start, step.start + step.count):
@@ -272,14 +273,14 @@ class Walker:
         for move in self.plan.moves_after(-1):
             if move.kind is Kind.RESIDUAL:
                 await self.post.send(move, step, payload, one.depth)
-        one.pending = partial(self._decode, memoryview(payload), step.count)
+        one.pending = partial(self._decode, memoryview(payload), step.count, step)
 
     def keep(self, move: Move, step: Step, payload: bytes | memoryview) -> None:
         """Keep a residual stream that crossed, unless only a part of it did."""
         if self.kept is not None and move.kind is Kind.RESIDUAL and not move.last_only and move.after >= 0:
             stage = self.plan.stages[move.after]
             half = stage.stop if isinstance(stage, Serial) else stage.half + 1
-            self.kept.put(half, step.start, step.count, self.plan.decision.wire, payload)
+            self.kept.put(half, step.start, step.count, self._wire(step), payload)
 
     async def _serial(self, one: _Pass, stop: _Stop, stage: Serial) -> Sampled | None:
         tapped: list[tuple[int, bytes]] = []
@@ -289,7 +290,7 @@ class Walker:
             start = stage.start
             for tap in (half for half in self.taps if start < half < stage.stop):
                 x = self.share.run(x, start, tap, at)
-                tapped.append((tap, codec.encode(x, self.plan.decision.wire)))
+                tapped.append((tap, codec.encode(x, self._wire(one.step))))
                 start = tap
             x = self.share.run(x, start, stage.stop, at)
             if stage.head and one.step.emits:
@@ -299,14 +300,14 @@ class Walker:
         x, payload, token = await self._compute(work, one, stop)
         for half, kept in tapped:
             if self.kept is not None:
-                self.kept.put(half, one.step.start, one.step.count, self.plan.decision.wire, kept)
+                self.kept.put(half, one.step.start, one.step.count, self._wire(one.step), kept)
         if token is not None:
             return Sampled(token, one.depth)
         await self._send_residual(one, stop, x, payload)
         return None
 
     async def _shared(self, one: _Pass, stop: _Stop, stage: Shared) -> None:
-        wire = self.plan.decision.wire
+        wire = self._wire(one.step)
 
         def work() -> tuple[Tensor, Tensor, bytes]:
             x = self._residual(one)
@@ -332,7 +333,9 @@ class Walker:
             one.depth = max(one.depth, depth)
 
         def joined() -> Tensor:
-            partials = [own if m == self.me else self._decode(others[m], own.shape[0]) for m in stage.machines]
+            partials = [
+                own if m == self.me else self._decode(others[m], own.shape[0], one.step) for m in stage.machines
+            ]
             return self.share.join(x, partials, stage.half)
 
         if stop.crossing is None:
@@ -356,7 +359,7 @@ class Walker:
         if stop.last_only:
             x = x[-1:]
         x = self._lose(x, stop.index, Kind.RESIDUAL, stop.crossing.src, one.step)
-        wire = self.plan.decision.wire
+        wire = self._wire(one.step)
         return codec.round_trip(x, wire), codec.encode(x, wire) if stop.residuals_out else b""
 
     # Small things
@@ -375,8 +378,11 @@ class Walker:
         pending, one.pending = one.pending, None
         return pending()
 
-    def _decode(self, payload: memoryview, rows: int) -> Tensor:
-        x = codec.decode(payload, self.plan.decision.wire, rows, self.plan.d_model)
+    def _wire(self, step: Step) -> WirePrecision:
+        return self.plan.decision.wire_in(step.is_prefill)
+
+    def _decode(self, payload: memoryview, rows: int, step: Step) -> Tensor:
+        x = codec.decode(payload, self._wire(step), rows, self.plan.d_model)
         return x.to(dtype=self.share.dtype, device=self.share.device)
 
     def _lose(self, x: Tensor, index: int, kind: Kind, src: int, step: Step) -> Tensor:

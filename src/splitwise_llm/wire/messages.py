@@ -16,7 +16,7 @@ from splitwise_llm.errors import BrokenInvariant, ProtocolError
 from splitwise_llm.plan import Kind
 from splitwise_llm.records import Interval
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 _LENGTH = struct.Struct("<I")
 _INTERVAL = struct.Struct("<iiidd")
 _MAX_HEADER_BYTES = 1 << 20
@@ -126,6 +126,8 @@ class Begin(_Header, frozen=True, tag="begin"):
     """Pairs of workers that reach each other without the device."""
     dial: dict[int, str] = {}
     """Address of each machine that this worker is to dial for such a pair."""
+    prefill_wire: str = ""
+    """Of prefill chunks; empty: `wire`."""
 
 
 class Begun(_Header, frozen=True, tag="begun"):
