@@ -37,3 +37,11 @@ def bench_link(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = No
     from splitwise_llm.bench.link import run_link
 
     report(run(lambda: run_link(rounds, tokens, tell), json_file), json_file)
+
+
+@bench.command()
+def serving(rounds: Rounds = 5, tokens: Tokens = 32, json_file: JsonFile = None) -> None:
+    """Eight sessions on one worker over one: tokens per second, evenness, memory, and what a ninth is told."""
+    from splitwise_llm.bench.serving import run_serving
+
+    report(run(lambda: run_serving(rounds, tokens, tell), json_file), json_file)
