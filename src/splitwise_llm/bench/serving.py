@@ -29,7 +29,7 @@ SESSIONS, MANY = 8, 64
 HALF_LOAD_REQUESTS = 40
 STARVED = 10.0
 """A session starves when it waits for a token so many times as long as a token takes on average in its run."""
-LONG_PROMPT = 640
+LONG_PROMPT, ENDLESS = 640, 900
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +114,19 @@ def _peak_bytes(child: Child) -> int:
 
 async def _one_too_many(edge: Edge) -> float:
     """Fill a worker that takes `SESSIONS`, and ask once more: when to come back, s; 0 if that was not said."""
-    filled, leave = asyncio.Semaphore(0), asyncio.Event()
+    filled, leave = [asyncio.Event() for _ in range(SESSIONS)], asyncio.Event()
 
-    async def stay() -> None:
-        async with edge.generate(PROMPT, CLOUD, max_new_tokens=2, stop_ids=()) as generation:
+    async def stay(here: asyncio.Event) -> None:
+        async with edge.generate(PROMPT, CLOUD, max_new_tokens=ENDLESS, stop_ids=()) as generation:
             async for _ in generation:
-                filled.release()
-                await leave.wait()
+                here.set()
+                if leave.is_set():
+                    return
 
-    staying = [asyncio.create_task(stay()) for _ in range(SESSIONS)]
+    staying = [asyncio.create_task(stay(here)) for here in filled]
     try:
-        for _ in staying:
-            await filled.acquire()
+        for here in filled:
+            await here.wait()
         await _generate(edge, CLOUD, 2, PROMPT)
     except WorkerFailed as error:
         return error.retry_after_s or 0.0

@@ -42,6 +42,8 @@ from splitwise_llm.wire.shaped import ShapedLink
 from splitwise_llm.wire.shaper import LinkShape
 
 EDGE = "edge"
+PRIORITY = "priority"
+"""A journal's option: who resumes asks for the same session."""
 
 
 class Edge:
@@ -120,13 +122,15 @@ class Edge:
         rules: RecoveryRules | None = None,
         journal: Path | None = None,
         options: Mapping[str, object] | None = None,
+        priority: int = 0,
     ) -> Generation:
         """One generation, to be entered as a context and iterated. `policy` may be a partition or its text;
         `choose` replaces sampling, where the head is on the device.
 
         `called` is the policy's name in the record; `limits` what it must respect, `tools` what it may use (None:
         what loses nothing). `rules` say how long a lost worker is waited for and tried again; `journal` is a file that
-        another process can go on from, with `options` for it.
+        another process can go on from, with `options` for it. `priority` (0 to 3) is how often prompts get a turn
+        where many sessions share a worker.
 
         Raises UserError now; entering it raises what opening the session meets.
         """
@@ -135,7 +139,7 @@ class Edge:
         if any(not 0 <= token < spec.vocab_size for token in ids):
             raise RequestError(f"the prompt has token ids outside the model's vocabulary of {spec.vocab_size}")
         stops = self.machine.checkpoint.stop_ids if stop_ids is None else stop_ids
-        request = Request(len(ids), max_new_tokens, frozenset(stops), sampling or GREEDY, loss or NO_LOSS)
+        request = Request(len(ids), max_new_tokens, frozenset(stops), sampling or GREEDY, loss or NO_LOSS, priority)
         request.check(spec.max_context)
         entry = Entry(
             session=uuid.uuid4().hex,  # whoever knows it may join, so it is not short
@@ -148,7 +152,7 @@ class Edge:
             loss=request.loss,
             dtype=self.machine.dtype,
             weights=self.machine.weights,
-            options=dict(options or {}),
+            options=dict(options or {}) | ({PRIORITY: priority} if priority else {}),
         )
         kept = Boundaries(spec.d_model, KEPT_BYTES)
         memory = Journal.create(journal, entry, kept) if journal else Journal(entry, kept)
@@ -180,8 +184,9 @@ class Edge:
         check(saved, self.machine.checkpoint.fingerprint, PROTOCOL_VERSION)
         entry = saved.entry
         request = Request(
-            len(entry.prompt), entry.max_new_tokens, frozenset(entry.stop_ids), entry.sampling, entry.loss
-        )
+            len(entry.prompt), entry.max_new_tokens, frozenset(entry.stop_ids), entry.sampling, entry.loss,
+            int(str(entry.options.get(PRIORITY, 0))),
+        )  # fmt: skip
         journal = Journal.continue_from(saved, path, Boundaries(self.machine.spec.d_model, KEPT_BYTES))
         return Generation(
             self._device, journal, self._policy(policy), request, None, called=called, limits=limits, tools=tools,

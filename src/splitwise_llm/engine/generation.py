@@ -377,6 +377,7 @@ class Generation:
             seed=request.sampling.seed,
             element_loss=request.loss.probability,
             loss_seed=request.loss.seed,
+            priority=request.priority,
         )
 
     # Runs
