@@ -49,3 +49,11 @@ def bench_pipeline(
     from splitwise_llm.bench.pipeline_live import Setting, run_pipeline
 
     report(run(lambda: run_pipeline(rounds, Setting(in_flight), tell), json_file), json_file)
+
+
+@bench.command()
+def serving(rounds: Rounds = 5, tokens: Tokens = 32, json_file: JsonFile = None) -> None:
+    """Eight sessions on one worker over one: tokens per second, evenness, memory, and what a ninth is told."""
+    from splitwise_llm.bench.serving import run_serving
+
+    report(run(lambda: run_serving(rounds, tokens, tell), json_file), json_file)

@@ -38,6 +38,8 @@ LEAST_TURN_ROWS, MOST_TURN_ROWS = 16, 512
 """A prompt's turn, in rows through the whole model; where nobody has measured, the first."""
 LINGER_SHARE = 0.25
 """Of a decode step: so long an iteration waits for sessions that are about to be back."""
+CALL_AGAIN_S = 0.002
+"""So soon does a session call again that has been answered."""
 COMPANY_S = 0.25
 """A session that was here in so short a time is here."""
 
@@ -395,12 +397,7 @@ class Compute:
     def _iterate(self) -> None:
         with self._more:
             self._more.wait_for(lambda: self._calls or self._decode or self._turns or self._is_closed)
-            calls, self._calls = self._calls, deque()
-        for number, (work, result) in enumerate(calls):
-            if self._is_closed:  # they are cancelled with the rest
-                self._calls.extendleft(reversed(list(calls)[number:]))
-                return
-            self._answer(work, result)
+        self._answer_calls()
         with self._more:
             self._linger()
             batch = self._take()
@@ -409,6 +406,19 @@ class Compute:
             self._run(batch)
         if turn:
             self._run_turn(turn)
+
+    def _answer_calls(self) -> None:
+        """What waits, and what follows at once: who opens a session calls several times in a row, and would wait for
+        an iteration each time."""
+        until_s = time.monotonic() + LINGER_SHARE * (self._clock.step_s or 0.0)
+        due = len(self._calls)  # these in any case; of those that follow, no endless stream
+        while self._calls and not self._is_closed and (due > 0 or time.monotonic() < until_s):
+            due -= 1
+            self._answer(*self._calls.popleft())
+            with self._more:
+                left_s = min(CALL_AGAIN_S, until_s - time.monotonic())
+                if not self._calls and left_s > 0:
+                    self._more.wait_for(lambda: self._calls or self._is_closed, left_s)
 
     def _answer(self, work: Callable[[], Any], result: Future[Any]) -> None:
         if not result.set_running_or_notify_cancel():

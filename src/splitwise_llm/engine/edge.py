@@ -45,6 +45,8 @@ from splitwise_llm.wire.shaped import ShapedLink
 from splitwise_llm.wire.shaper import LinkShape
 
 EDGE = "edge"
+PRIORITY = "priority"
+"""A journal's option: who resumes asks for the same session."""
 
 
 class Edge:
@@ -128,6 +130,7 @@ class Edge:
         journal: Path | None = None,
         options: Mapping[str, object] | None = None,
         draft: Draft | None = None,
+        priority: int = 0,
     ) -> Generation:
         """One generation, to be entered as a context and iterated. `policy` may be a partition or its text;
         `choose` replaces sampling, where the head is on the device.
@@ -136,6 +139,7 @@ class Edge:
         what loses nothing). `rules` say how long a lost worker is waited for and tried again; `journal` is a file that
         another process can go on from, with `options` for it. `draft` says who proposes tokens for several positions to
         be computed at a time; None: lookup in the text where a policy decides how much of it, else nobody.
+        `priority` (0 to 3) is how often prompts get a turn where many sessions share a worker.
 
         Raises UserError now; entering it raises what opening the session meets.
         """
@@ -144,7 +148,7 @@ class Edge:
         if any(not 0 <= token < spec.vocab_size for token in ids):
             raise RequestError(f"the prompt has token ids outside the model's vocabulary of {spec.vocab_size}")
         stops = self.machine.checkpoint.stop_ids if stop_ids is None else stop_ids
-        request = Request(len(ids), max_new_tokens, frozenset(stops), sampling or GREEDY, loss or NO_LOSS)
+        request = Request(len(ids), max_new_tokens, frozenset(stops), sampling or GREEDY, loss or NO_LOSS, priority)
         request.check(spec.max_context)
         entry = Entry(
             session=uuid.uuid4().hex,  # whoever knows it may join, so it is not short
@@ -157,7 +161,7 @@ class Edge:
             loss=request.loss,
             dtype=self.machine.dtype,
             weights=self.machine.weights,
-            options=dict(options or {}),
+            options=dict(options or {}) | ({PRIORITY: priority} if priority else {}),
         )
         decides = self._policy(policy, draft)
         drafting = self._drafting(decides, draft, request)
@@ -193,8 +197,9 @@ class Edge:
         check(saved, self.machine.checkpoint.fingerprint, PROTOCOL_VERSION)
         entry = saved.entry
         request = Request(
-            len(entry.prompt), entry.max_new_tokens, frozenset(entry.stop_ids), entry.sampling, entry.loss
-        )
+            len(entry.prompt), entry.max_new_tokens, frozenset(entry.stop_ids), entry.sampling, entry.loss,
+            int(str(entry.options.get(PRIORITY, 0))),
+        )  # fmt: skip
         decides = self._policy(policy, draft)
         drafting = self._drafting(decides, draft, request)
         journal = Journal.continue_from(saved, path, Boundaries(self.machine.spec.d_model, KEPT_BYTES))

@@ -22,7 +22,15 @@ from splitwise_llm.engine.memory import peak_memory_bytes
 from splitwise_llm.engine.post import Extent, Office, Post
 from splitwise_llm.engine.shares import Shares
 from splitwise_llm.engine.walk import Choose, Request, Walker
-from splitwise_llm.errors import LinkDied, ProtocolError, RequestError, SplitwiseError, Unreachable, WorkerFailed
+from splitwise_llm.errors import (
+    LinkDied,
+    MemoryTooSmall,
+    ProtocolError,
+    RequestError,
+    SplitwiseError,
+    Unreachable,
+    WorkerFailed,
+)
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.share import Share
 from splitwise_llm.partition import NAME, Partition
@@ -57,6 +65,8 @@ from splitwise_llm.wire.messages import (
 log = logging.getLogger(__name__)
 KEPT_BYTES = 64 * 2**20
 """Of residual streams, per session; what was dropped is computed again from the ids."""
+MAX_ORDERS = 256
+"""That wait to be obeyed; data and pings behind more of them wait, too."""
 JOINING_S = 10.0
 Advertise = Callable[[], dict[str, float | int | str | None]]
 """How the machine is, an `Advert` field by field."""
@@ -98,6 +108,7 @@ class Hosted:
             frozenset(opening.stop_ids),
             Sampling(opening.temperature, opening.top_k, opening.top_p, opening.seed),
             ElementLoss(opening.element_loss, opening.loss_seed),
+            opening.priority,
         )
         self._links: dict[int, Link] = {}
         self._office = Office()
@@ -188,7 +199,7 @@ class Hosted:
         """Say what is held, then take frames until the link ends. Orders are obeyed one after the other; data and
         pings wait for none of them."""
         await link.send(pack(Opened(known, *self._holds())))
-        orders: asyncio.Queue[tuple[Header, memoryview]] = asyncio.Queue()
+        orders: asyncio.Queue[tuple[Header, memoryview]] = asyncio.Queue(MAX_ORDERS)
         both = [asyncio.create_task(self._listen(link, orders, advert)), asyncio.create_task(self._obey(link, orders))]
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -215,7 +226,7 @@ class Hosted:
                     raise ProtocolError(f"the device gave up: {header.message}")
                 case _:
                     self._is_over = self._is_over or isinstance(header, Close)  # though nobody waits for the answer
-                    orders.put_nowait((header, payload))
+                    await orders.put((header, payload))  # who sends more than are obeyed is read no further
         log.info("%s left", link.peer)
 
     async def _obey(self, link: Link, orders: asyncio.Queue[tuple[Header, memoryview]]) -> None:
@@ -254,7 +265,8 @@ class Hosted:
             await link.send(pack(Failed(Unreachable.__name__, str(error), run=begin.run, machine=error.machine)))
             return
         except SplitwiseError as error:
-            await link.send(pack(Failed(type(error).__name__, str(error), run=begin.run)))
+            after_s = error.retry_after_s if isinstance(error, MemoryTooSmall) else None
+            await link.send(pack(Failed(type(error).__name__, str(error), after_s, run=begin.run)))
             return
         post = Post(self.number, plan, extent, self._links, self.opening.names)
         walker = Walker(

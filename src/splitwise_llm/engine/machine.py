@@ -32,6 +32,8 @@ from splitwise_llm.spec import DeviceSpec, Dtype, ModelSpec, Weights
 from splitwise_llm.units import show_bytes
 
 T = TypeVar("T")
+RETRY_S = 5.0
+"""When a session that found no room beside others is asked to come back."""
 READYING_S = 0.02
 """Between two pieces that are loaded beside decoding: each holds up a token or two."""
 
@@ -186,10 +188,14 @@ class Machine:
         if weights + cache > self.memory_bytes:
             count = len({one.owner for one in self._open.values()} - {wanted.owner})
             others = f" together with {count} other sessions" if count else ""
+            own = [one for one in self._open.values() if one.owner == wanted.owner]
+            would_fit = bool(count) and sum(self._held([*own, wanted])) <= self.memory_bytes
             raise MemoryTooSmall(
                 f"{name} would hold {show_bytes(weights)} of weights ({self.dtype}, {self.weights}) and "
-                f"{show_bytes(cache)} of cache{others}, and has {show_bytes(self.memory_bytes)}; give it fewer layers, "
-                "or start it with --weights int8 or int4"
+                f"{show_bytes(cache)} of cache{others}, and has {show_bytes(self.memory_bytes)}; "
+                + (f"try again in {RETRY_S:g} s, " if would_fit else "")
+                + "give it fewer layers, or start it with --weights int8 or int4",
+                RETRY_S if would_fit else None,
             )
 
     async def open_share(

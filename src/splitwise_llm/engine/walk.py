@@ -30,6 +30,7 @@ from splitwise_llm.records import Interval
 from splitwise_llm.spec import DeviceSpec
 from splitwise_llm.wire import codec
 from splitwise_llm.wire.codec import ElementLoss
+from splitwise_llm.wire.messages import MAX_PRIORITY
 
 GREEDY = Sampling()
 NO_LOSS = ElementLoss()
@@ -44,6 +45,8 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     sampling: Sampling = GREEDY
     loss: ElementLoss = NO_LOSS
+    priority: int = 0
+    """0 to 3: prompts get 2^priority times the turns of others; decode steps are computed together anyway."""
 
     def check(self, max_context: int) -> None:
         """Raise RequestError unless prompt and answer fit the model's context."""
@@ -51,6 +54,8 @@ class Request:
             raise RequestError("the prompt is empty; give at least one token")
         if self.max_new_tokens < 1:
             raise RequestError(f"{self.max_new_tokens} new tokens were asked for; expected at least 1")
+        if not 0 <= self.priority <= MAX_PRIORITY:
+            raise RequestError(f"the priority is {self.priority}; expected 0 (usual) to {MAX_PRIORITY} (most turns)")
         if self.prompt_tokens >= max_context:
             raise RequestError(
                 f"the prompt has {self.prompt_tokens} tokens, the model's context {max_context}; shorten the prompt"
@@ -395,6 +400,7 @@ class Walker:
             finish=finish,
             is_prefill=step.is_prefill,
             head_rows=(1 if step.is_prefill else step.count) if emits else 0,
+            priority=self.request.priority,
             taps=tuple(half for half in self.taps if stage.start < half < stage.stop),
             tap=lambda half, x: tapped.append((half, codec.encode(x, self.plan.wire(step)))),
         )  # fmt: skip

@@ -21,6 +21,7 @@ PROTOCOL_VERSION = 4
 _LENGTH = struct.Struct("<I")
 _INTERVAL = struct.Struct("<iiidd")
 _MAX_HEADER_BYTES = 1 << 20
+MAX_PRIORITY = 3
 MAX_PING_BYTES = 16 << 20
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
@@ -77,6 +78,8 @@ class Open(_Header, frozen=True, tag="open"):
     seed: int
     element_loss: float
     loss_seed: int
+    priority: Annotated[int, msgspec.Meta(ge=0, le=MAX_PRIORITY)] = 0
+    """Its prompts get 2^priority times the turns that those of others get."""
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
