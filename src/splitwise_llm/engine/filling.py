@@ -168,7 +168,7 @@ class Filling:
         plan = plans.excerpt(decision, spec, num_machines, direct, fill.first, fill.stop, feeder, last)
         extent = Extent(self.next_run(), fill.start, fill.context, 0)
         self._count(fill, partition, last)
-        share = await self.shares.filling(partition, fill.start, plan.cached_halves(DEVICE))
+        share = await self.shares.filling(partition, fill.start, fill.context, plan.cached_halves(DEVICE))
         post = Post(DEVICE, plan, extent, self.links, self.names)
         walker = Walker(
             plan, self.request, share, self.machine, post, ids=self.journal.ids, kept=self.journal.boundaries

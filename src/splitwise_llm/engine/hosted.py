@@ -312,7 +312,7 @@ class Hosted:
         """The share of a run, cut to where it begins. Raises MemoryTooSmall, ModelError, ProtocolError."""
         partition = plan.decision.partition
         if extent.tokens == 0:
-            return await self._shares.filling(partition, extent.start, plan.cached_halves(self.number))
+            return await self._shares.filling(partition, extent.start, extent.known, plan.cached_halves(self.number))
         share = await self._shares.begin(partition, extent.start)
         self._kept.truncate(extent.known)  # streams of tokens that never came to the device are nobody's
         return share

@@ -108,9 +108,9 @@ class Share:
                 found.append((half, tuple(groups), filled))
         return tuple(found)
 
-    def take_over(self, other: Share) -> None:
+    def take_over(self, other: Share, known: int) -> None:
         """Go on with what another share of the same session has cached: the tensors themselves where the groups of a
-        half are the same, copies of the rows where they are not and this share has fewer positions."""
+        half are the same; where they are not, copies of the rows before position `known` that this share lacks."""
         for half, cache in self._cache.items():
             theirs = other._cache.get(half)
             if theirs is None or theirs is cache:
@@ -120,8 +120,8 @@ class Share:
                     self._cache[half] = theirs
                 continue
             for row, group in enumerate(theirs.groups):
-                if group in cache.groups and theirs.filled[row] > cache.filled[cache.groups.index(group)]:
-                    stop = theirs.filled[row]
+                stop = min(theirs.filled[row], known)
+                if group in cache.groups and stop > cache.filled[cache.groups.index(group)]:
                     cache.put(group, theirs.keys[row, :stop], theirs.values[row, :stop], 0)
 
     def cut(self, position: int, halves: range | None = None) -> None:
