@@ -64,12 +64,13 @@ class Says:
 
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """The runs whose crossings were found to be their plan's."""
+    """The runs whose crossings were found to be their plan's. The device, too, then holds nothing that is no text."""
     found: list[Run] = []
     original = Run.check
 
     def check(run: Run) -> None:
         original(run)
+        assert {filled for _, _, filled in run.walker.share.held} <= {run.certain}
         found.append(run)
 
     monkeypatch.setattr(Run, "check", check)
@@ -166,7 +167,7 @@ def _check_nothing_is_left(run: Run, positions: int) -> None:
     for number, one in said.items():
         assert {filled for _, filled in held(one).values()} <= {positions}, f"machine {number}"
         assert all(stop <= positions for spans in kept(one).values() for _, stop in spans), f"machine {number}"
-    assert {filled for _, _, filled in run.walker.share.held} <= {positions}
+    assert run.certain == positions
     assert said or not run.workers
 
 
