@@ -78,7 +78,7 @@ def generate(
         str,
         typer.Option(
             help="Who proposes tokens, so that one round trip brings several: ngram, a smaller MODEL of the same "
-            "tokenizer, auto (ngram as far as it pays), off.",
+            "tokenizer (or MODEL:int4), early:N (the model's own first layers), auto (ngram as far as it pays), off.",
             show_default="off; with --policy as it says",
         ),
     ] = "",
@@ -142,7 +142,7 @@ def generate(
         "shadow": shadow, "give_up": str(give_up), "dtype": dtype, "weights": weights, "threads": threads,
         "memory": memory, "emulate": _absolute(emulate), "profile": _absolute(profile),
         "tls": _absolute(str(tls)) if tls else "",
-        "prefill_wire": prefill_wire, "draft": _absolute(draft), "draft_tokens": draft_tokens,
+        "prefill_wire": prefill_wire, "draft": _absolute_draft(draft), "draft_tokens": draft_tokens,
     }  # fmt: skip
     texts = asked_prompts(prompt, prompts, in_flight, journal)
     asked = _Asked(json.loads(json.dumps(said)), explain, (in_flight or IN_FLIGHT) if prompts else None)
@@ -363,6 +363,12 @@ def _summary(record: RequestRecord) -> str:
 def _absolute(place: str) -> str:
     """A path that still leads there from elsewhere; what is no path stays."""
     return str(Path(place).resolve()) if place and Path(place).exists() else place
+
+
+def _absolute_draft(draft: str) -> str:
+    """The same of a model with the format of its weights behind it."""
+    model, colon, weights = draft.rpartition(":")
+    return _absolute(draft) if Path(draft).exists() or not colon else f"{_absolute(model)}:{weights}"
 
 
 def _settled_file(option: str) -> str:

@@ -254,7 +254,8 @@ def _decode(world: World, plan: Plan, job: Job) -> tuple[Delay, list[float], dic
     delay = walk.seconds
     if draft and world.drafter.model is not None:
         basis = world.basis
-        host = replace(world.hosts[plan.embed], measured=None)  # what was measured is another model's
+        host = world.hosts[plan.embed]  # what was measured is another model's
+        host = replace(host, measured=None, weights=world.drafter.weights or host.weights)
         seconds = draft * host.model_s(world.drafter.model, 1, job.mean_context)
         walk.busy_s[plan.embed] += seconds
         delay += Delay.of([basis.form({basis.slow(plan.embed): seconds})])
@@ -282,7 +283,8 @@ def memory_bytes(
     drafter = world.drafter.model
     if draft and drafter is not None and machine == partition.embed:
         whole = Partition.all_on(drafter, machine)
-        weights += counts.assigned_weight_bytes(drafter, whole, machine, host.dtype, host.weights)
+        theirs = world.drafter.weights or host.weights
+        weights += counts.assigned_weight_bytes(drafter, whole, machine, host.dtype, theirs)
         cache += counts.assigned_kv_bytes(drafter, whole, machine, host.dtype, positions)
     return weights + cache + buffers
 

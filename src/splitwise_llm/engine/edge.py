@@ -229,18 +229,25 @@ class Edge:
         pace = self._paces.setdefault(draft, Pace(least=0 if draft.is_free else 1))
         if draft.by == "ngram":
             return Drafting(Lookup(), machine.spec.vocab_size, pace, draft.most)
-        checkpoint = Checkpoint(locate(draft.by))
-        drafter = ModelDrafter(checkpoint, machine.checkpoint, capacity, request.sampling, machine.dtype)
-        return Drafting(drafter, machine.spec.vocab_size, pace, draft.most, self._on_its_thread(drafter), drafter.spec)
+        checkpoint, weights, layers = machine.checkpoint, machine.weights, draft.layers or None
+        if layers is None:
+            checkpoint, weights = Checkpoint(locate(draft.by)), draft.weights
+        drafter = ModelDrafter(
+            checkpoint, machine.checkpoint, capacity, request.sampling, machine.dtype, weights, layers
+        )  # fmt: skip
+        compute = self._on_its_thread(drafter, weights)
+        return Drafting(drafter, machine.spec.vocab_size, pace, draft.most, compute, drafter.spec, weights)
 
-    def _on_its_thread(self, drafter: ModelDrafter) -> Compute:
+    def _on_its_thread(self, drafter: ModelDrafter, weights: Weights) -> Compute:
         """Runs a drafting model between the pieces of the large one; an emulated device takes its time for it, too."""
 
         async def compute(work: Callable[[], Sequence[int]]) -> Sequence[int]:
             made: list[int] = []
 
             def predicted(device: DeviceSpec) -> float:
-                return len(made) * Host(device, self.machine.dtype).model_s(drafter.spec, 1, drafter.num_cached)
+                return len(made) * Host(device, self.machine.dtype, weights).model_s(
+                    drafter.spec, 1, drafter.num_cached
+                )
 
             def noted() -> Sequence[int]:
                 made.extend(work())

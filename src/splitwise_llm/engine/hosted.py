@@ -408,7 +408,9 @@ class Hosted:
         await self._end(running, halt.keep)
         post = running.walker.post
         crossed = [messages.Crossed(c.after, c.kind, c.src, c.dst, c.count, c.payload_bytes) for c in post.crossings]
-        halted = Halted(halt.run, crossed, post.frame_bytes, *self._holds())
+        drafts = post.plan.decision.draft and post.plan.loop_machine == self.number
+        rounds = running.walker.rounds if drafts else []
+        halted = Halted(halt.run, crossed, post.frame_bytes, *self._holds(), rounds)
         await link.send(pack(halted, messages.pack_intervals(running.walker.intervals)))
 
     async def _end(self, running: _Running, keep: int = -1) -> None:

@@ -194,7 +194,7 @@ class Walker:
 
     def __post_init__(self) -> None:
         self.me = self.post.me
-        self.certain = self.post.extent.start
+        self.certain = self.post.extent.known
         self._stops = _stops(self.plan, self.me)
         mine = [move for move in self.plan.moves if self.me in (move.src, move.dst)]
         self._entering = tuple(move for move in mine if move.kind in (Kind.PROMPT, Kind.NEXT))

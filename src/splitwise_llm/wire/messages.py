@@ -244,6 +244,8 @@ class Halted(_Header, frozen=True, tag="halted"):
     frame_bytes: int
     held: list[Held] = []
     streams: list[Streams] = []
+    rounds: list[tuple[Count, Count]] = []
+    """Of a token loop here that drafts: positions computed and tokens made in each decode step."""
 
 
 class Close(_Header, frozen=True, tag="close"):
