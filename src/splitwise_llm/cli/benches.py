@@ -37,3 +37,16 @@ def bench_link(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = No
     from splitwise_llm.bench.link import run_link
 
     report(run(lambda: run_link(rounds, tokens, tell), json_file), json_file)
+
+
+@bench.command()
+def drafting(
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions where drafting is of no use.")] = 7,
+    tokens: Tokens = 64,
+    prompts: Annotated[int, typer.Option(min=1, help="Spread over the bundled excerpt.")] = 8,
+    json_file: JsonFile = None,
+) -> None:
+    """Tokens per round trip, and per second over plain decoding, of every drafter over 40 ms and 20 Mbit/s."""
+    from splitwise_llm.bench.drafting import run_drafting
+
+    report(run(lambda: run_drafting(rounds, tokens, prompts, tell), json_file), json_file)
