@@ -57,3 +57,16 @@ def serving(rounds: Rounds = 5, tokens: Tokens = 32, json_file: JsonFile = None)
     from splitwise_llm.bench.serving import run_serving
 
     report(run(lambda: run_serving(rounds, tokens, tell), json_file), json_file)
+
+
+@bench.command()
+def drafting(
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions where drafting is of no use.")] = 7,
+    tokens: Tokens = 64,
+    prompts: Annotated[int, typer.Option(min=1, help="Spread over the bundled excerpt.")] = 8,
+    json_file: JsonFile = None,
+) -> None:
+    """Tokens per round trip, and per second over plain decoding, of every drafter over 40 ms and 20 Mbit/s."""
+    from splitwise_llm.bench.drafting import run_drafting
+
+    report(run(lambda: run_drafting(rounds, tokens, prompts, tell), json_file), json_file)
