@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from splitwise_llm.decision import Decision
+from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import PartitionError
 from splitwise_llm.partition import Part
 from splitwise_llm.spec import ModelSpec
@@ -107,13 +107,16 @@ class Crossings:
 @dataclass(frozen=True, slots=True)
 class Step:
     """One walk through the stages: `count` positions from `start`; `emits` unless a later chunk follows. A decode
-    step of more than one position verifies drafted tokens."""
+    step of more than one position verifies drafted tokens: it is a round."""
 
     index: int
     start: int
     count: int
     emits: bool
     is_prefill: bool
+    made: int = 1
+    """Tokens that a round made: the drafted ones that were right, and one more; of a token loop away from the device,
+    they alone go to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,11 @@ class Plan:
     def head(self) -> int:
         return self.decision.partition.head
 
+    @property
+    def loop_machine(self) -> int:
+        """Who runs the token loop: knows each token first, drafts what may follow it, and judges."""
+        return self.embed if self.embed == self.head else DEVICE
+
     def cached_halves(self, machine: int) -> range:
         """The halves of an excerpt in which a machine that takes part makes caches anew."""
         last = self.stages[-1]
@@ -171,14 +179,21 @@ class Plan:
                 return 0 if step.is_prefill else step.count
             case _ if step.is_prefill and (move.last_only or move.kind is Kind.TOKEN):
                 return int(step.emits)
+            case Kind.TOKEN if self.loop_machine != DEVICE:
+                return step.made
             case _:
                 return step.count
 
-    def payload_bytes(self, move: Move, rows: int) -> int:
-        """Payload of a move that carries `rows` positions."""
+    def payload_bytes(self, move: Move, step: Step) -> int:
+        """Payload of a move in a step."""
+        rows = self.rows(move, step)
         if move.kind in (Kind.RESIDUAL, Kind.PARTIAL):
-            return self.decision.wire.payload_bytes(rows, self.d_model)
+            return self.wire(step).payload_bytes(rows, self.d_model)
         return TOKEN_ID_BYTES * rows
+
+    def wire(self, step: Step) -> WirePrecision:
+        """The precision on the wire in a step."""
+        return self.decision.wire_in(step.is_prefill)
 
     def step(self, index: int, known: int, start: int = 0) -> Step:
         """Step number `index` of a run over ids of which `known` are there and the first `start` are cached: a
@@ -190,22 +205,32 @@ class Plan:
         first = start + index * size
         return Step(index, first, min(size, known - first), emits=index == chunks - 1, is_prefill=True)
 
+    @staticmethod
+    def round(index: int, start: int, count: int, made: int = 1) -> Step:
+        """A decode step that verifies `count` - 1 drafted tokens."""
+        return Step(index, start, count, emits=True, is_prefill=False, made=made)
+
     def num_steps(self, known: int, tokens_out: int, start: int = 0) -> int:
         """The prefill chunks, then one decode step for each generated token but the last."""
         return self.decision.num_chunks(known - start) + max(tokens_out - 1, 0)
 
-    def traffic(self, known: int, tokens_out: int, start: int = 0) -> tuple[Crossings, ...]:
+    def traffic(
+        self, known: int, tokens_out: int, start: int = 0, rounds: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[Crossings, ...]:
         """Every crossing of a run that generates so many tokens (of an excerpt: none), each leg counted, in a fixed
-        order."""
+        order. `rounds`: (positions, tokens made) of each decode step, where some were drafted."""
         counts: Counter[tuple[int, Kind, int, int]] = Counter()
         sizes: Counter[tuple[int, Kind, int, int]] = Counter()
-        for index in range(self.num_steps(known, tokens_out, start)):
-            step = self.step(index, known, start)
+        steps = [self.step(index, known, start) for index in range(self.num_steps(known, tokens_out, start))]
+        if rounds is not None:
+            chunks = self.decision.num_chunks(known - start)
+            steps[chunks:] = [self.round(chunks + n, known + n, *one) for n, one in enumerate(rounds)]
+        for step in steps:
             for move in self.moves:
                 rows = self.rows(move, step)
                 for src, dst in self.legs(move.src, move.dst) if rows else ():
                     counts[move.after, move.kind, src, dst] += 1
-                    sizes[move.after, move.kind, src, dst] += self.payload_bytes(move, rows)
+                    sizes[move.after, move.kind, src, dst] += self.payload_bytes(move, step)
         return crossings(counts, sizes)
 
     @property

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from splitwise_llm import cost
 from splitwise_llm.decision import Decision
-from splitwise_llm.engine import controller, edge, generation, hosted, peer, worker
+from splitwise_llm.engine import controller, edge, generation, hosted, peer, standby, worker
 from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.generation import Generation
@@ -420,7 +420,7 @@ def hurried(kept_bytes: int) -> Iterator[None]:
         patch.setattr(controller, "EPOCH_S", 0.05)
         patch.setattr(controller, "UNKNOWN_STEP_S", 0.03)
         patch.setattr(generation, "CLOSING_S", 0.2)
-        patch.setattr(generation, "READY_AFTER_S", 0.01)
+        patch.setattr(standby, "READY_AFTER_S", 0.01)
         patch.setattr(worker, "RETRY_S", 0.03)
         patch.setattr(worker, "GREETING_S", 0.3)
         patch.setattr(hosted, "JOINING_S", 0.3)

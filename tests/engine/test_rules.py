@@ -109,16 +109,16 @@ def test_what_is_late_finds_no_box_and_what_is_early_waits_for_its_own(tiny: Cal
         await office.accept(*frame(1))
         assert office.late == 1
         await office.open(boxes[2])
-        assert bytes((await boxes[2].receive(move, boxes[2].step(0)))[0]) == bytes([2]) * 256
+        assert bytes((await boxes[2].receive(move, 0)).payload) == bytes([2]) * 256
         await office.open(boxes[4])  # run 3 is never begun
         assert office.late == 2
         await office.accept(*frame(3))
         assert office.late == 3
-        assert bytes((await boxes[4].receive(move, boxes[4].step(0)))[0]) == bytes([4]) * 256
+        assert bytes((await boxes[4].receive(move, 0)).payload) == bytes([4]) * 256
         office.fail(LinkDied("gone"), run=2)
         with pytest.raises(LinkDied):
-            await boxes[2].receive(move, boxes[2].step(1))
-        waiting = asyncio.ensure_future(boxes[4].receive(move, boxes[4].step(1)))
+            await boxes[2].receive(move, 1)
+        waiting = asyncio.ensure_future(boxes[4].receive(move, 1))
         await asyncio.sleep(0)
         assert not waiting.done(), "what has failed in one run has not in another"
         office.fail(LinkDied("gone"))

@@ -45,3 +45,15 @@ def serving(rounds: Rounds = 5, tokens: Tokens = 32, json_file: JsonFile = None)
     from splitwise_llm.bench.serving import run_serving
 
     report(run(lambda: run_serving(rounds, tokens, tell), json_file), json_file)
+
+
+@bench.command("pipeline")
+def bench_pipeline(
+    rounds: Rounds = 5,
+    in_flight: Annotated[int, typer.Option(min=2, help="Sequences under way at a time.")] = 4,
+    json_file: JsonFile = None,
+) -> None:
+    """Four processes in a row, several sequences in flight: against one, and against what EdgeShard's program says."""
+    from splitwise_llm.bench.pipeline_live import Setting, run_pipeline
+
+    report(run(lambda: run_pipeline(rounds, Setting(in_flight), tell), json_file), json_file)

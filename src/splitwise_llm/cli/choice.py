@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from splitwise_llm.cost import Price, World, obstacle, price
+from splitwise_llm.cost import UNKNOWN_CHUNK, Price, World, best_chunk, obstacle, price
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError
-from splitwise_llm.observation import Observation, Occasion, Policy
+from splitwise_llm.observation import Always, Observation, Occasion, Policy
 from splitwise_llm.policies import find_policy
+from splitwise_llm.policies.chains import Flow
 from splitwise_llm.policies.in_flight import Running
 from splitwise_llm.policies.objective import Latency
 from splitwise_llm.policies.pipelines import EdgeShard, Program
@@ -22,10 +23,16 @@ from splitwise_llm.records import RequestRecord
 
 
 def asked_policy(
-    name: str, partition: str, wire: WirePrecision | None, chunk: int | None, allow_lossy: bool
+    name: str,
+    partition: str,
+    wire: WirePrecision | None,
+    chunk: int | None,
+    allow_lossy: bool,
+    in_flight: int | None = None,
 ) -> Policy | None:
-    """The policy of a name; None for no name. Raises RequestError for an unknown one, one that needs more than a
-    session, and for options that say what it is to find out."""
+    """The policy of a name; None for no name. `in_flight` sequences will be under way at a time (None: a single one
+    is asked for). Raises RequestError for an unknown one, one that needs several sequences, and for options that say
+    what it is to find out."""
     if not name:
         if allow_lossy:
             raise RequestError("--allow-lossy is for a --policy; with a --partition write --wire int8 or int4")
@@ -38,12 +45,14 @@ def asked_policy(
             "--allow-lossy lets it use int8 and int4"
         )
     policy = find_policy(name)
-    if isinstance(policy, EdgeShard) and policy.program is Program.THROUGHPUT:
+    if not isinstance(policy, EdgeShard):
+        return policy
+    if policy.program is Program.THROUGHPUT and in_flight is None:
         raise RequestError(
-            f"{name} plans for many requests under way at a time, and sessions are not pipelined yet: one request "
-            "would only wait in its pipeline; use edgeshard-exact, or simulate it"
+            f"{name} plans for several sequences in flight, and one would only wait in its pipeline: give more with "
+            "--prompts FILE, or use edgeshard-exact"
         )
-    return policy
+    return replace(policy, flow=Flow(1, in_flight or 1))  # whose caches all machines hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,24 @@ class Insisting:
         decision = self.policy.decide(observation)
         patience = decision.patience if self.patience is None else self.patience
         return replace(decision, patience=patience, shadow=self.shadow or decision.shadow)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunked:
+    """A partition that was given, whose prompt is cut as its price says; by a rule where nobody has measured."""
+
+    policy: Always
+
+    def decide(self, observation: Observation) -> Decision:
+        """The decision with a chunk; the one there is if it goes on with a generation."""
+        decision = self.policy.decide(observation)
+        if observation.placement is not None:
+            return observation.placement.decision
+        if observation.world is None:
+            is_whole = len(decision.partition.machines) == 1 or observation.prompt_tokens <= UNKNOWN_CHUNK
+            return decision if is_whole else replace(decision, prefill_chunk=UNKNOWN_CHUNK)
+        conditions = observation.world.conditions(observation.loads)
+        return replace(decision, prefill_chunk=best_chunk(observation.world, decision, observation.job, conditions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +121,8 @@ def explanation(called: str, decision: Decision, observation: Observation, names
     world, job = observation.world, observation.job
     conditions = world.conditions(observation.loads)
     yield f"  predicted: {_price(price(world, decision, job, conditions))}"
+    for without, plain in _without(decision):
+        yield f"  {without}: {_price(price(world, plain, job, conditions))}{_right(world) if decision.draft else ''}"
     other = _fastest_other(world, decision, observation)
     if other is None:
         yield "  no other partition is admissible"
@@ -118,10 +147,12 @@ def move(called: str, decision: Decision, observation: Observation, names: Seque
     placement = observation.placement
     assert placement is not None
     present = placement.decision
-    moves = decision != present
+    moves = replace(decision, draft=present.draft) != present
     told = f"{called} {'moves to' if moves else 'stays on'} {_decision(decision, names)}"
+    if not moves and decision.draft != present.draft:
+        told += f" instead of {_drafts(present.draft)}"
     running = Running.of(observation) if observation.world else None
-    rest = f": {_rest(running, decision)}" if running and not moves else ""
+    rest = f": {_rest(running, decision)}{_right(running.world)}" if running and not moves else ""
     yield f"token {placement.tokens_out}, {observation.waited_s:.1f} s, {_WHY[observation.occasion]}: {told}{rest}"
     if not moves:
         return
@@ -188,10 +219,28 @@ def _fastest_other(world: World, decision: Decision, observation: Observation) -
 
 
 def _decision(decision: Decision, names: Sequence[str]) -> str:
+    drafts = f", {_drafts(decision.draft)}" if decision.draft else ""
     if len(decision.partition.machines) == 1:
-        return decision.partition.text(names)
+        return decision.partition.text(names) + drafts
     chunks = f"chunks of {decision.prefill_chunk}" if decision.prefill_chunk else "the prompt at once"
-    return f"{decision.partition.text(names)}, {decision.wire} on the wire, {chunks}"
+    return f"{decision.partition.text(names)}, {decision.wire} on the wire, {chunks}{drafts}"
+
+
+def _drafts(draft: int) -> str:
+    return f"up to {draft} drafted tokens a step" if draft else "no drafts"
+
+
+def _right(world: World) -> str:
+    """How often drafted tokens are taken to be right, as last seen."""
+    return f" (a drafted token is right in {100 * world.drafter.acceptance:.0f} % of cases)"
+
+
+def _without(decision: Decision) -> Iterator[tuple[str, Decision]]:
+    """The same partition without each tool that was chosen: what the tool is worth is the difference."""
+    if decision.draft:
+        yield "without drafts", replace(decision, draft=0)
+    if decision.prefill_chunk is not None:
+        yield "with the prompt at once", replace(decision, prefill_chunk=None)
 
 
 def _price(one: Price) -> str:

@@ -6,6 +6,8 @@
 | `hosts` | how long a machine takes for them: roofline or measured |
 | `measured` | what was measured on a machine, as such a source of times |
 | `accuracy` | nats per token that a lossy choice loses |
+| `drafting` | how many tokens to draft |
+| `chunking` | into how large pieces to cut a prompt |
 | `terms` | time as functions of conditions: the form in which a plan is priced once for any link and load |
 | `world` | what is priced: model, machines, links, request, drafter, tariff |
 | `bill` | a decision: seconds, joules, money, memory, nats, as forms |
@@ -16,6 +18,7 @@
 
 from splitwise_llm.cost.accuracy import NO_LOSS, Accuracy
 from splitwise_llm.cost.bill import Bill, bill, memory_bytes
+from splitwise_llm.cost.chunking import UNKNOWN_CHUNK, best_chunk
 from splitwise_llm.cost.counts import (
     assigned_kv_bytes,
     assigned_weight_bytes,
@@ -28,6 +31,7 @@ from splitwise_llm.cost.counts import (
     units_in,
     weight_bytes,
 )
+from splitwise_llm.cost.drafting import best_draft, tokens_per_round
 from splitwise_llm.cost.hosts import Host, Rows, UnitTimes, batch_seconds, stage_seconds
 from splitwise_llm.cost.limits import UNLIMITED, Floor, Limits, obstacle
 from splitwise_llm.cost.measured import Measured
@@ -39,6 +43,7 @@ from splitwise_llm.cost.world import Drafter, Job, Tariff, World
 __all__ = [
     "IDLE",
     "NO_LOSS",
+    "UNKNOWN_CHUNK",
     "UNLIMITED",
     "Accuracy",
     "Basis",
@@ -66,6 +71,8 @@ __all__ = [
     "assigned_kv_bytes",
     "assigned_weight_bytes",
     "batch_seconds",
+    "best_chunk",
+    "best_draft",
     "bill",
     "head_flop",
     "memory_bytes",
@@ -76,6 +83,7 @@ __all__ = [
     "price",
     "stage_seconds",
     "table_bytes",
+    "tokens_per_round",
     "unit_flop",
     "unit_memory_bytes",
     "unit_weight_bytes",

@@ -147,10 +147,10 @@ class _Walk:
     def _hand_over(self) -> None:
         """The token reaches the device; the loop waits for it only if it starts there, else just for its sending."""
         for move in self.plan.moves:
-            if move.kind is Kind.TOKEN and (rows := self.plan.rows(move, self.step)):
+            if move.kind is Kind.TOKEN and self.plan.rows(move, self.step):
                 crossing = self._crossing(move)
                 if not self.step.is_prefill and self.plan.embed == self.plan.head:
-                    sending_s = self.world.hosts[move.src].sending_s(self.plan.payload_bytes(move, rows))
+                    sending_s = self.world.hosts[move.src].sending_s(self.plan.payload_bytes(move, self.step))
                     crossing = self.world.basis.form({0: sending_s})
                 self.critical.append(Delay.of([crossing]))
 
@@ -192,7 +192,7 @@ class _Walk:
     def _crossing(self, move: Move) -> Form:
         """Latency of a message, leg by leg; its bytes are counted."""
         basis, hosts = self.world.basis, self.world.hosts
-        size = self.plan.payload_bytes(move, self.plan.rows(move, self.step))
+        size = self.plan.payload_bytes(move, self.step)
         form = basis.form({})
         for src, dst in self.plan.legs(move.src, move.dst):
             self.bytes[src, dst] += size

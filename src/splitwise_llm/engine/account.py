@@ -40,10 +40,14 @@ class Run:
         return self.post.extent
 
     @property
+    def certain(self) -> int:
+        """Positions computed whose ids are known to be right."""
+        return self.extent.known + max(len(self.depths) - 1, 0)
+
+    @property
     def loop_machine(self) -> int:
         """Who runs the token loop."""
-        plan = self.post.plan
-        return plan.embed if plan.embed == plan.head else DEVICE
+        return self.post.plan.loop_machine
 
     @property
     def crossings(self) -> tuple[Crossings, ...]:
@@ -56,7 +60,8 @@ class Run:
 
     def check(self) -> None:
         """Raise BrokenInvariant unless what was sent is what the plan says, for a run that was not disturbed."""
-        planned = self.post.plan.traffic(self.extent.known, len(self.depths), self.extent.start)
+        rounds = self.walker.rounds if self.post.plan.decision.draft else None
+        planned = self.post.plan.traffic(self.extent.known, len(self.depths), self.extent.start, rounds)
         if self.depths and self.crossings != planned:
             raise BrokenInvariant(f"run {self.extent.run} sent {self.crossings}, its plan says {planned}")
 

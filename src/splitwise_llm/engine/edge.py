@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from splitwise_llm.cost import UNLIMITED, Limits
+from splitwise_llm.cost import UNLIMITED, Host, Limits
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.boundaries import Boundaries
+from splitwise_llm.engine.direct import DirectLinks
+from splitwise_llm.engine.drafting import Compute, Draft, Drafting, Lookup, Pace
 from splitwise_llm.engine.generation import Device, Generation
 from splitwise_llm.engine.hosted import KEPT_BYTES
 from splitwise_llm.engine.journal import Entry, Journal, check, read_journal
@@ -24,9 +26,10 @@ from splitwise_llm.engine.survey import Rates
 from splitwise_llm.engine.walk import GREEDY, NO_LOSS, Choose, Request
 from splitwise_llm.errors import RequestError, Unreachable
 from splitwise_llm.model.checkpoint import Checkpoint, locate
+from splitwise_llm.model.drafter import ModelDrafter
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.tokenizer import Tokenizer
-from splitwise_llm.observation import Always, Policy, Tools
+from splitwise_llm.observation import Always, Policy, Tools, innermost
 from splitwise_llm.partition import NAME, Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.spec import DeviceSpec, Dtype, Weights
@@ -50,7 +53,8 @@ class Edge:
     """A device with a model and the names of the workers it can reach. Closing it closes its machine.
 
     `direct` gives, for a pair of workers with a link of their own, the address at which the first reaches
-    the second; `rates` what links carry as far as one knows, by worker, or by two workers as in `cloud+third`.
+    the second, `turned` where the second would reach the first, should the first not get through;
+    `rates` what links carry as far as one knows, by worker, or by two workers as in `cloud+third`.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Edge:
         connect: Connect | None = None,
         direct: Mapping[tuple[str, str], str] | None = None,
         rates: Mapping[str, Rates] | None = None,
+        turned: Mapping[tuple[str, str], str] | None = None,
     ) -> None:
         if EDGE in workers or len(set(workers)) != len(workers):
             raise RequestError(f"machine names must differ from each other and from '{EDGE}': {', '.join(workers)}")
@@ -73,7 +78,9 @@ class Edge:
             raise RequestError("a direct link joins two different workers, and each pair is named once")
         tokenizer = Tokenizer(machine.checkpoint.directory)
         known = dict(self._rates(link, said, pairs) for link, said in (rates or {}).items())
-        self._device = Device(machine, tokenizer, self.names, connect or _nowhere, pairs, known)
+        back = {(self._number(b), self._number(a)): address for (b, a), address in (turned or {}).items()}
+        self._device = Device(machine, tokenizer, self.names, connect or _nowhere, DirectLinks(pairs, back), known)
+        self._paces: dict[Draft, Pace] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -122,6 +129,7 @@ class Edge:
         rules: RecoveryRules | None = None,
         journal: Path | None = None,
         options: Mapping[str, object] | None = None,
+        draft: Draft | None = None,
         priority: int = 0,
     ) -> Generation:
         """One generation, to be entered as a context and iterated. `policy` may be a partition or its text;
@@ -129,8 +137,9 @@ class Edge:
 
         `called` is the policy's name in the record; `limits` what it must respect, `tools` what it may use (None:
         what loses nothing). `rules` say how long a lost worker is waited for and tried again; `journal` is a file that
-        another process can go on from, with `options` for it. `priority` (0 to 3) is how often prompts get a turn
-        where many sessions share a worker.
+        another process can go on from, with `options` for it. `draft` says who proposes tokens for several positions to
+        be computed at a time; None: lookup in the text where a policy decides how much of it, else nobody. `priority`
+        (0 to 3) is how often prompts get a turn where many sessions share a worker.
 
         Raises UserError now; entering it raises what opening the session meets.
         """
@@ -154,18 +163,21 @@ class Edge:
             weights=self.machine.weights,
             options=dict(options or {}) | ({PRIORITY: priority} if priority else {}),
         )
+        decides = self._policy(policy, draft)
+        drafting = self._drafting(decides, draft, request)
         kept = Boundaries(spec.d_model, KEPT_BYTES)
         memory = Journal.create(journal, entry, kept) if journal else Journal(entry, kept)
         return Generation(
             self._device,
             memory,
-            self._policy(policy),
+            decides,
             request,
             choose,
             called=called,
             limits=limits,
             tools=tools,
             rules=rules,
+            drafting=drafting,
         )
 
     def resume(
@@ -177,6 +189,7 @@ class Edge:
         limits: Limits = UNLIMITED,
         tools: Tools | None = None,
         rules: RecoveryRules | None = None,
+        draft: Draft | None = None,
     ) -> Generation:
         """Go on with the session of a journal whose process has died, in the same file; workers that still know it
         go on with what they hold. Raises JournalError, UserError."""
@@ -187,18 +200,55 @@ class Edge:
             len(entry.prompt), entry.max_new_tokens, frozenset(entry.stop_ids), entry.sampling, entry.loss,
             int(str(entry.options.get(PRIORITY, 0))),
         )  # fmt: skip
+        decides = self._policy(policy, draft)
+        drafting = self._drafting(decides, draft, request)
         journal = Journal.continue_from(saved, path, Boundaries(self.machine.spec.d_model, KEPT_BYTES))
         return Generation(
-            self._device, journal, self._policy(policy), request, None, called=called, limits=limits, tools=tools,
-            rules=rules,
+            self._device, journal, decides, request, None, called=called, limits=limits, tools=tools, rules=rules,
+            drafting=drafting,
         )  # fmt: skip
 
-    def _policy(self, policy: Policy | Decision | Partition | str) -> Policy:
+    def _policy(self, policy: Policy | Decision | Partition | str, draft: Draft | None) -> Policy:
         if isinstance(policy, str):
             policy = self.partition(policy)
         if isinstance(policy, Partition):
-            policy = Decision(policy)
+            policy = Decision(policy, draft=draft.most if draft and draft.by != "off" else 0)
         return Always(policy) if isinstance(policy, Decision) else policy
+
+    def _drafting(self, policy: Policy, draft: Draft | None, request: Request) -> Drafting | None:
+        """Who proposes tokens for a session on this device; None: nobody. What was right in earlier texts is what is
+        expected of the next. Raises ModelError, RequestError."""
+        decided = innermost(policy)
+        if draft is None and isinstance(decided, Always):
+            draft = Draft(most=decided.decision.draft, is_free=False) if decided.decision.draft else None
+        elif draft is None:
+            draft = Draft()
+        if draft is None or draft.by == "off":
+            return None
+        machine, capacity = self.machine, request.prompt_tokens + request.max_new_tokens
+        pace = self._paces.setdefault(draft, Pace(least=0 if draft.is_free else 1))
+        if draft.by == "ngram":
+            return Drafting(Lookup(), machine.spec.vocab_size, pace, draft.most)
+        checkpoint = Checkpoint(locate(draft.by))
+        drafter = ModelDrafter(checkpoint, machine.checkpoint, capacity, request.sampling, machine.dtype)
+        return Drafting(drafter, machine.spec.vocab_size, pace, draft.most, self._on_its_thread(drafter), drafter.spec)
+
+    def _on_its_thread(self, drafter: ModelDrafter) -> Compute:
+        """Runs a drafting model between the pieces of the large one; an emulated device takes its time for it, too."""
+
+        async def compute(work: Callable[[], Sequence[int]]) -> Sequence[int]:
+            made: list[int] = []
+
+            def predicted(device: DeviceSpec) -> float:
+                return len(made) * Host(device, self.machine.dtype).model_s(drafter.spec, 1, drafter.num_cached)
+
+            def noted() -> Sequence[int]:
+                made.extend(work())
+                return made
+
+            return (await self.machine.compute(noted, predicted)).value
+
+        return compute
 
 
 async def _nowhere(name: str) -> Link:
@@ -222,6 +272,8 @@ class LinkTo:
             raise RequestError(f"a link was described to {min(unknown)!r}, which is no machine of this call")
         self._clocks: dict[str, LinkClock] = {}
         """One per shaped link: its trace and its outages go on while it is made anew."""
+        self._open: dict[str, list[ShapedLink]] = {}
+        """Of each shaped link, what generations side by side have open: together they get its rate once."""
         self._faults = FaultyConnect(self._dial, {name: Faults(one) for name, one in (faults or {}).items()})
 
     @property
@@ -238,7 +290,10 @@ class LinkTo:
             return link
         if name not in self._clocks:
             self._clocks[name] = LinkClock()
-        return ShapedLink(link, self._shapes[name], self._clocks[name])
+        others = [one for one in self._open.get(name, []) if not one.is_closed]
+        shaped = ShapedLink(link, self._shapes[name], self._clocks[name], beside=others[0] if others else None)
+        self._open[name] = [*others, shaped]
+        return shaped
 
     def close(self) -> None:
         """End the clocks of shaped links."""
@@ -261,8 +316,8 @@ def edge_with(
 ) -> Edge:
     """The device end of a model (`bundled`, a directory or a hub id) with workers at `host:port`, by name.
 
-    `direct` names pairs of workers that reach each other, the second at the address given for it here; `rates` come
-    before those of the shapes.
+    `direct` names pairs of workers that reach each other, the second at the address given for it here, or else the
+    first; `rates` come before those of the shapes.
     Close it, or use it as a context manager. Raises ModelError, RequestError.
     """
     reach = workers if isinstance(workers, LinkTo) else LinkTo(workers)
@@ -271,5 +326,7 @@ def edge_with(
         checkpoint, dtype=dtype, weights=weights, threads=threads, memory_bytes=memory_bytes, emulate=emulate,
         profile=profile,
     )  # fmt: skip
-    pairs = {(a, b): reach.addresses.get(b, "") for a, b in direct}
-    return Edge(machine, tuple(reach.addresses), reach, pairs, reach.rates | dict(rates or {}))
+    named = tuple(direct)
+    pairs = {(a, b): reach.addresses.get(b, "") for a, b in named}
+    turned = {(b, a): reach.addresses.get(a, "") for a, b in named}
+    return Edge(machine, tuple(reach.addresses), reach, pairs, reach.rates | dict(rates or {}), turned)

@@ -16,12 +16,21 @@ from dataclasses import dataclass
 from splitwise_llm import plan as plans
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.engine.boundaries import Boundaries
+from splitwise_llm.engine.drafting import Drafting, Lookup
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.memory import peak_memory_bytes
 from splitwise_llm.engine.post import Extent, Office, Post
 from splitwise_llm.engine.shares import Shares
 from splitwise_llm.engine.walk import Choose, Request, Walker
-from splitwise_llm.errors import LinkDied, MemoryTooSmall, ProtocolError, RequestError, SplitwiseError, WorkerFailed
+from splitwise_llm.errors import (
+    LinkDied,
+    MemoryTooSmall,
+    ProtocolError,
+    RequestError,
+    SplitwiseError,
+    Unreachable,
+    WorkerFailed,
+)
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.share import Share
 from splitwise_llm.partition import NAME, Partition
@@ -63,6 +72,14 @@ Advertise = Callable[[], dict[str, float | int | str | None]]
 """How the machine is, an `Advert` field by field."""
 
 
+class _NoWay(Unreachable):
+    """Another worker is not reached directly; the device may find a way round."""
+
+    def __init__(self, message: str, machine: int) -> None:
+        super().__init__(message)
+        self.machine = machine
+
+
 @dataclass(slots=True)
 class _Running:
     walker: Walker
@@ -97,6 +114,8 @@ class Hosted:
         self._office = Office()
         self._kept = Boundaries(machine.spec.d_model, KEPT_BYTES)
         self._shares = Shares(machine, self.name, self.number, opening.capacity)
+        self._drafting = Drafting(Lookup(), machine.spec.vocab_size)
+        """For token loops of its own; what it has learnt is good for later runs."""
         self._running: dict[int, _Running] = {}
         self._neighbours: dict[int, asyncio.Task[None]] = {}
         self._serving: asyncio.Task[None] | None = None
@@ -242,12 +261,18 @@ class Hosted:
                 await self._stop_runs()
             share = await self._share(plan, extent, begin)
             await self._reach(begin)
+        except _NoWay as error:
+            await link.send(pack(Failed(Unreachable.__name__, str(error), run=begin.run, machine=error.machine)))
+            return
         except SplitwiseError as error:
             after_s = error.retry_after_s if isinstance(error, MemoryTooSmall) else None
             await link.send(pack(Failed(type(error).__name__, str(error), after_s, run=begin.run)))
             return
         post = Post(self.number, plan, extent, self._links, self.opening.names)
-        walker = Walker(plan, self._request, share, self._machine, post, choose=self._choose, kept=self._kept)
+        walker = Walker(
+            plan, self._request, share, self._machine, post, choose=self._choose, kept=self._kept,
+            drafting=self._drafting if plan.loop_machine == self.number else None,
+        )  # fmt: skip
         await link.send(pack(Begun(begin.run, load_s=time.monotonic() - start)))
         if extent.tokens:
             log.info("run %d of %s: %s", begin.run, link.peer, plan.decision.partition.text(self.opening.names))
@@ -263,15 +288,19 @@ class Hosted:
                 raise ProtocolError(f"machine {machine} is not to be dialled by machine {self.number}")
         if len(pairs) < len(begin.direct) or any(len(p) < 2 or max(p) >= num_machines for p in pairs):
             raise ProtocolError(f"direct links {begin.direct} name a pair twice, or machines that are not there")
-        if begin.wire not in list(WirePrecision):
-            raise RequestError(f"unknown wire precision {begin.wire!r}; known are {', '.join(WirePrecision)}")
+        for wire in (begin.wire, begin.prefill_wire or begin.wire):
+            if wire not in list(WirePrecision):
+                raise RequestError(f"unknown wire precision {wire!r}; known are {', '.join(WirePrecision)}")
         if not begin.start < begin.known or begin.known + max(begin.tokens - 1, 0) > self.opening.capacity:
             raise ProtocolError(
                 f"positions {begin.start} to {begin.known} and {begin.tokens} tokens are no run of a session of "
                 f"{self.opening.capacity} positions"
             )
         partition = Partition.from_bytes(begin.partition, spec)
-        decision = Decision(partition, WirePrecision(begin.wire), begin.prefill_chunk or None)
+        decision = Decision(
+            partition, WirePrecision(begin.wire), begin.prefill_chunk or None, begin.draft,
+            WirePrecision(begin.prefill_wire) if begin.prefill_wire else None,
+        )  # fmt: skip
         extent = Extent(begin.run, begin.start, begin.known, begin.tokens)
         if begin.tokens:
             return plans.compile(decision, spec, num_machines, begin.direct), extent
@@ -289,26 +318,34 @@ class Hosted:
         return share
 
     async def _reach(self, begin: Begin) -> None:
-        """Open the direct links this worker is to open. Raises PeerError."""
+        """Open the direct links this worker is to open. Raises _NoWay."""
         for machine, address in begin.dial.items():
             if machine in self._links and machine in self._neighbours and not self._neighbours[machine].done():
                 continue
-            link = await self._dial(address)
             try:
-                await link.send(pack(Join(self.opening.session, self.number)))
-                async with asyncio.timeout(JOINING_S):
-                    frame = await link.receive()
-            except TimeoutError:
-                frame = None
-            except BaseException:
-                await link.close()
-                raise
-            answer = unpack(frame)[0] if frame else None
-            if not isinstance(answer, Opened):
-                await link.close()
-                why = answer.message if isinstance(answer, Failed) else "it closed the link"
-                raise WorkerFailed(f"{self.opening.names[machine]} ({address}) does not join: {why}")
-            self._neighbour(machine, link)
+                self._neighbour(machine, await self._joined(machine, address))
+            except SplitwiseError as error:
+                names = self.opening.names
+                raise _NoWay(f"{self.name} does not reach {names[machine]} at {address}: {error}", machine) from error
+
+    async def _joined(self, machine: int, address: str) -> Link:
+        """A link to another worker of this session, which has taken it for that. Raises SplitwiseError."""
+        link = await self._dial(address)
+        try:
+            await link.send(pack(Join(self.opening.session, self.number)))
+            async with asyncio.timeout(JOINING_S):
+                frame = await link.receive()
+        except TimeoutError:
+            frame = None
+        except BaseException:
+            await link.close()
+            raise
+        answer = unpack(frame)[0] if frame else None
+        if not isinstance(answer, Opened):
+            await link.close()
+            why = answer.message if isinstance(answer, Failed) else "it closed the link"
+            raise WorkerFailed(f"{self.opening.names[machine]} ({address}) does not join: {why}")
+        return link
 
     async def join(self, link: Link, machine: int) -> None:
         """Serve a link that another worker of this session has opened, until it ends. Raises ProtocolError."""
@@ -368,17 +405,23 @@ class Hosted:
         if running.walker.makes_tokens_alone and running.walker.post.extent.tokens and not halt.at_once:
             running.walker.halting = True
             await asyncio.wait({running.task})
-        await self._end(running)
+        await self._end(running, halt.keep)
         post = running.walker.post
         crossed = [messages.Crossed(c.after, c.kind, c.src, c.dst, c.count, c.payload_bytes) for c in post.crossings]
         halted = Halted(halt.run, crossed, post.frame_bytes, *self._holds())
         await link.send(pack(halted, messages.pack_intervals(running.walker.intervals)))
 
-    async def _end(self, running: _Running) -> None:
+    async def _end(self, running: _Running, keep: int = -1) -> None:
+        """What a run drafted and nobody accepted is forgotten with it."""
         running.task.cancel()
         await asyncio.gather(running.task, return_exceptions=True)
-        self._office.close(running.walker.post.extent.run)
+        walker = running.walker
+        self._office.close(walker.post.extent.run)
         await self._machine.settle()
+        if walker.plan.decision.draft and walker.post.extent.tokens:
+            certain = keep if keep >= 0 else walker.certain
+            await self._shares.cut(certain)
+            self._kept.truncate(certain)
 
     async def _stop_runs(self) -> None:
         while self._running:

@@ -27,7 +27,8 @@ class _Form:
     """How one move looks here, worked out once: its format, where it goes first, and from whom to whom it passes."""
 
     move: Move
-    dtype: str
+    dtypes: tuple[str, str]
+    """While tokens flow, and in a prefill."""
     columns: int
     first_hop: int
     onward: dict[int, int | None]
@@ -43,6 +44,16 @@ class Extent:
     start: int
     known: int
     tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """What came: its payload, the depth of the causal chain behind it, and the step it belongs to; of a round, only
+    a message says where it is and how many positions it has."""
+
+    payload: memoryview
+    depth: int
+    step: Step
 
 
 Keep = Callable[[Move, Step, bytes | memoryview], None]
@@ -87,11 +98,12 @@ class Post:
 
     def _form(self, move: Move) -> _Form:
         activations = move.kind in (Kind.RESIDUAL, Kind.PARTIAL)
-        dtype, columns = (self.plan.decision.wire.value, self.plan.d_model) if activations else (IDS, 1)
+        decision, columns = self.plan.decision, self.plan.d_model if activations else 1
+        dtypes = [decision.wire_in(is_prefill).value if activations else IDS for is_prefill in (False, True)]
         legs = self.plan.legs(move.src, move.dst)
         hops = [hop for _, hop in legs[1:]] + [None]
         onward = {src: hop for (src, dst), hop in zip(legs, hops, strict=True) if dst == self.me}
-        return _Form(move, dtype, columns, legs[0][1], onward)
+        return _Form(move, (dtypes[0], dtypes[1]), columns, legs[0][1], onward)
 
     @property
     def crossings(self) -> tuple[Crossings, ...]:
@@ -102,9 +114,10 @@ class Post:
         """Send one move of a step. Raises LinkDied."""
         form = self._forms[move.after, move.kind.value, move.src, move.dst]
         rows = self.plan.rows(move, step)
+        start = step.start if self.plan.decision.draft and not step.is_prefill else -1
         header = Data(
-            self.extent.run, step.index, move.after, move.kind.value, move.src, move.dst, depth, form.dtype, rows,
-            form.columns,
+            self.extent.run, step.index, move.after, move.kind.value, move.src, move.dst, depth,
+            form.dtypes[step.is_prefill], rows, form.columns, start,
         )  # fmt: skip
         await self._send(form.first_hop, move, pack(header, payload), len(payload))
 
@@ -123,9 +136,9 @@ class Post:
         except RequestError as error:  # the link's frame limit; only prefill activations come near it
             raise RequestError(f"{error}; use a smaller prefill chunk") from error
 
-    async def receive(self, move: Move, step: Step) -> tuple[memoryview, int]:
-        """The payload of a move of a step, and its depth here. Raises what ended the session if it ends."""
-        key = (step.index, move.after, move.kind.value, move.src)
+    async def receive(self, move: Move, index: int) -> Letter:
+        """A move of step number `index`. Raises what ended the session if it ends."""
+        key = (index, move.after, move.kind.value, move.src)
         found = self._arrived.pop(key, None)
         if found is None:
             if self._failure:
@@ -133,7 +146,20 @@ class Post:
             future = self._awaited.setdefault(key, asyncio.get_running_loop().create_future())
             found = await future
         header, payload = found
-        return payload, header.depth + len(self.plan.legs(move.src, move.dst))
+        return Letter(payload, header.depth + len(self.plan.legs(move.src, move.dst)), self._step_of(header, move))
+
+    def _step_of(self, header: Data, move: Move) -> Step:
+        """The step that a message belongs to. Raises ProtocolError for one that cannot be."""
+        step = self.step(header.step)
+        if step.is_prefill or not self.plan.decision.draft:
+            if header.start >= 0:
+                raise ProtocolError(f"{_what(header)}: position {header.start} in a step whose positions are known")
+            return step
+        rows, stop = header.rows, self.extent.known + self.extent.tokens - 1
+        if header.start < step.start or not 1 <= rows <= min(self.plan.decision.draft + 1, stop - header.start):
+            raise ProtocolError(f"{_what(header)}: {rows} positions from {header.start} on are no round of this run")
+        made = rows if move.kind is Kind.TOKEN else 1
+        return self.plan.round(header.step, header.start, rows, made)
 
     def _lost(self, peer: int, error: LinkDied) -> LinkDied:
         return LinkDied(f"{self._names[peer]} was lost in mid-generation: {error}")
@@ -147,14 +173,15 @@ class Post:
         if peer not in form.onward:
             raise ProtocolError(f"{_what(header)}: it does not come by way of machine {peer}")
         move, hop = form.move, form.onward[peer]
-        step = self.step(header.step)
+        step = self._step_of(header, move)
         rows = self.plan.rows(move, step)
-        if rows == 0 or (header.dtype, header.rows, header.columns) != (form.dtype, rows, form.columns):
+        dtype = form.dtypes[step.is_prefill]
+        if rows == 0 or (header.dtype, header.rows, header.columns) != (dtype, rows, form.columns):
             raise ProtocolError(
                 f"{_what(header)}: got {header.dtype} ({header.rows}, {header.columns}), "
-                f"expected {form.dtype} ({rows}, {form.columns})"
+                f"expected {dtype} ({rows}, {form.columns})"
             )
-        size = self.plan.payload_bytes(move, rows)
+        size = self.plan.payload_bytes(move, step)
         if len(payload) != size:
             raise ProtocolError(f"{_what(header)}: got {len(payload)} bytes, expected {size}")
         key = (header.step, header.after, header.kind, header.src, header.dst)

@@ -90,6 +90,16 @@ class Shares:
                 raise ProtocolError(f"a fill begins at position {start}, and half {half} is cached up to {filled} only")
         return share
 
+    async def cut(self, position: int) -> None:
+        """Forget cached positions from here on."""
+        held = [one[1] for one in (self._used, self._next) if one]
+
+        def work() -> None:
+            for share in held:
+                share.cut(position)
+
+        await self._machine.compute(work)
+
     async def rows(self, half: int, units: Sequence[int], start: int, stop: int) -> bytes:
         """Keys, then values, (units, positions, head_dim) each. Raises ProtocolError for what is not cached."""
         for held in filter(None, (self._used, self._next)):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor
@@ -18,8 +19,9 @@ from splitwise_llm import cost
 from splitwise_llm.cost import Host
 from splitwise_llm.engine.batching import Piece
 from splitwise_llm.engine.boundaries import Boundaries
+from splitwise_llm.engine.drafting import Drafting
 from splitwise_llm.engine.machine import Machine, T
-from splitwise_llm.engine.post import Post
+from splitwise_llm.engine.post import Letter, Post
 from splitwise_llm.errors import BrokenInvariant, ProtocolError, RequestError, WorkerFailed
 from splitwise_llm.model.sampling import Sampling, sample
 from splitwise_llm.model.share import Positions, Share
@@ -70,6 +72,15 @@ class Sampled:
     """A token and the depth of the causal chain of messages that led to it."""
 
     id: int
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What a step came to: the tokens, in order, and the depth of the chain that led to them. Where the head is not on
+    the machine that judges: what follows each position, if the drafted ones before it are right."""
+
+    ids: tuple[int, ...]
     depth: int
 
 
@@ -129,12 +140,16 @@ class _Pass:
     """One machine's walk through one step. `pending` makes the residual stream once the compute thread has it."""
 
     step: Step
+    """Of a round, what its number alone says, until a message has come or it was drafted here."""
     done: dict[int, asyncio.Event]
     """Prefill only: set when the chunk has passed a stage, for the chunk behind it."""
     before: dict[int, asyncio.Event]
     at: Positions | None = None
     pending: Callable[[], Tensor] | None = None
     depth: int = 0
+    drafted: tuple[int, ...] = ()
+    is_known: bool = False
+    """Of a round: whether a message has said where it is."""
 
 
 @dataclass(slots=True)
@@ -155,20 +170,31 @@ class Walker:
     another partition."""
     on_token: OnToken | None = None
     """Called on the device for each token, in order."""
+    drafting: Drafting | None = None
+    """Where the token loop is."""
+    on_chunk: Callable[[int], object] | None = None
+    """Called with the positions of the prompt that this machine is done with."""
     choose: Choose | None = None
     """Replaces sampling where the head is on this machine."""
     intervals: list[Interval] = field(default_factory=list)
     halting: bool = False
     """Whether to end at the next token."""
+    rounds: list[tuple[int, int]] = field(default_factory=list)
+    """Positions computed and tokens made in each decode step, as far as they are known here."""
+    certain: int = field(init=False)
+    """Positions cached here whose ids are known to be right: all but drafted ones that nobody has judged."""
     me: int = field(init=False)
     _stops: tuple[_Stop, ...] = field(init=False)
     _entering: tuple[Move, ...] = field(init=False)
     _handing: tuple[Move, ...] = field(init=False)
+    _count: int = 0
+    """Tokens so far, where they are seen."""
     _never_waits: bool = field(init=False)
     """Whether no message comes here while tokens flow."""
 
     def __post_init__(self) -> None:
         self.me = self.post.me
+        self.certain = self.post.extent.start
         self._stops = _stops(self.plan, self.me)
         mine = [move for move in self.plan.moves if self.me in (move.src, move.dst)]
         self._entering = tuple(move for move in mine if move.kind in (Kind.PROMPT, Kind.NEXT))
@@ -182,15 +208,44 @@ class Walker:
         Raises PeerError when another machine or a link fails.
         """
         extent = self.post.extent
-        token = await self._prefill()
+        made = await self._prefill()
+        self.certain = extent.known
         first = self.plan.decision.num_chunks(extent.known - extent.start) - 1
         for number in range(extent.tokens):
-            step = self.post.step(first + number)
+            one, began_s = _Pass(self.post.step(first + number), {}, {}), time.monotonic()
             if number:
-                token = await self._walk(_Pass(step, {}, {}), token)
-            token = await self._hand_over(step, token)
-            if self.halting or (token and token.id in self.request.stop_ids):
+                made = await self._round(one, made)
+            made = await self._hand_over(one, made)
+            self._count += len(made.ids) if made else 0
+            if number:
+                self._judged(one, made, time.monotonic() - began_s)
+            if self.halting or (made and self._is_last(made)):
                 return
+
+    def _is_last(self, made: _Made) -> bool:
+        """Whether these are tokens, and no other follows."""
+        is_over = self._count >= self.post.extent.tokens or not self.request.stop_ids.isdisjoint(made.ids)
+        return is_over and (self.me in (DEVICE, self.plan.loop_machine) or not self.plan.decision.draft)
+
+    async def _round(self, one: _Pass, made: _Made | None) -> _Made | None:
+        """A decode step, of drafted tokens too where the loop is here; elsewhere a message says how many."""
+        if made and self.me == self.plan.loop_machine:
+            room = self.post.extent.tokens - self._count - 1
+            if self.drafting and self.plan.decision.draft and room > 0:
+                one.drafted = await self.drafting.propose(self.ids, min(room, self.plan.decision.draft))
+            start = self.post.extent.known + self._count - 1
+            one.step = self.plan.round(one.step.index, start, 1 + len(one.drafted))
+            made = _Made((made.ids[-1], *one.drafted), made.depth)
+        return await self._walk(one, made)
+
+    def _judged(self, one: _Pass, made: _Made | None, seconds: float) -> None:
+        """Note what a round came to."""
+        knows = made is not None and self.me in (DEVICE, self.plan.loop_machine)
+        tokens = len(made.ids) if made and knows else 1
+        self.rounds.append((one.step.count, tokens))
+        self.certain = one.step.start + tokens
+        if self.drafting and made and self.me == self.plan.loop_machine:
+            self.drafting.judged(one.drafted, made.ids, seconds)
 
     async def fill(self) -> None:
         """Walk an excerpt, for the caches' sake. Raises PeerError."""
@@ -201,44 +256,82 @@ class Walker:
         """Whether the token loop runs here without the device."""
         return self.me != DEVICE and self.plan.embed == self.plan.head == self.me
 
-    async def _prefill(self) -> Sampled | None:
+    async def _prefill(self) -> _Made | None:
         """All chunks, each stage in order but several stages at once. The token if the head is here."""
         extent = self.post.extent
-        walks: list[Awaitable[Sampled | None]] = []
+        walks: list[Awaitable[_Made | None]] = []
         before: dict[int, asyncio.Event] = {}
         for index in range(self.plan.decision.num_chunks(extent.known - extent.start)):
             done = {stop.index: asyncio.Event() for stop in self._stops if not stop.only_if_emits}
-            walks.append(self._walk(_Pass(self.post.step(index), done, before), None))
+            walks.append(self._chunk(_Pass(self.post.step(index), done, before)))
             before = done
         tokens = await _all(walks)
         return tokens[-1]
 
-    async def _hand_over(self, step: Step, token: Sampled | None) -> Sampled | None:
-        """Bring the token of a step to the device."""
+    async def _chunk(self, one: _Pass) -> _Made | None:
+        made = await self._walk(one, None)
+        if self.on_chunk:
+            self.on_chunk(one.step.start + one.step.count)
+        return made
+
+    async def _hand_over(self, one: _Pass, made: _Made | None) -> _Made | None:
+        """Bring the tokens of a step to the device; it judges what was drafted where the loop is its own."""
         for move in self._handing:
             if self.me == move.dst:
-                payload, depth = await self.post.receive(move, step)
-                token = Sampled(self._ids_in(payload)[0], depth)
-            elif token:
-                await self.post.send(move, step, _ids_out([token.id]), token.depth)
-        if self.me == DEVICE and token and self.on_token:
-            self.on_token(token)
+                letter = await self.post.receive(move, one.step.index)
+                made = _Made(tuple(self._ids_in(letter.payload)), letter.depth)
+                if self.plan.loop_machine == DEVICE:
+                    self._learn(one, letter)
+                    made = _Made(self._right(one.drafted, made.ids), made.depth)
+                elif letter.step.start not in (one.step.start, self.post.extent.known + self._count - 1):
+                    raise ProtocolError(f"tokens of position {letter.step.start} came, others are awaited")
+            elif made:
+                one.step = replace(one.step, made=len(made.ids))
+                await self.post.send(move, one.step, _ids_out(made.ids), made.depth)
+        if made and self.me == self.plan.loop_machine != DEVICE and self.drafting:
+            self.drafting.follows(self.post.extent.known + self._count, made.ids)
+        if self.me == DEVICE and made and self.on_token:
+            for token in made.ids:
+                self.on_token(Sampled(token, made.depth))
         if self._never_waits:
             await asyncio.sleep(0)  # whoever waits for the token, or wants to end this, gets a turn
-        return token
+        return made
 
-    async def _walk(self, one: _Pass, token: Sampled | None) -> Sampled | None:
-        """One step through all stages of this machine. The sampled token if it has the head."""
-        await self._enter(one, token)
+    def _right(self, drafted: Sequence[int], follows: Iterable[int]) -> tuple[int, ...]:
+        """The tokens of a round: what was drafted as far as it is what follows, and one more; none behind a last."""
+        right: list[int] = []
+        for number, token in enumerate(follows):
+            right.append(token)
+            if token in self.request.stop_ids or number == len(drafted) or drafted[number] != token:
+                break
+        return tuple(right)
+
+    def _learn(self, one: _Pass, letter: Letter) -> None:
+        """Take from a message where a round is. Raises ProtocolError where two say different things."""
+        if one.step.is_prefill or not self.plan.decision.draft:
+            return
+        said, known = letter.step, one.step
+        if one.is_known and (said.start, said.count) != (known.start, known.count):
+            raise ProtocolError(
+                f"step {known.index} is at positions {known.start} to {known.start + known.count}, and a message of it "
+                f"at {said.start} to {said.start + said.count}"
+            )
+        one.step, one.is_known = replace(known, start=said.start, count=said.count), True
+        self.certain = said.start + 1
+
+    async def _walk(self, one: _Pass, made: _Made | None) -> _Made | None:
+        """One step through all stages of this machine. What it came to if it has the head."""
+        await self._enter(one, made)
         sampled = None
         for stop in self._stops:
             if stop.only_if_emits and not one.step.emits:
                 break
             if stop.arrives:
-                payload, depth = await self.post.receive(stop.arrives, one.step)
-                one.depth = max(one.depth, depth)
-                self.keep(stop.arrives, one.step, payload)
-                one.pending = partial(self._decode, payload, self.plan.rows(stop.arrives, one.step))
+                letter = await self.post.receive(stop.arrives, one.step.index)
+                self._learn(one, letter)
+                one.depth = max(one.depth, letter.depth)
+                self.keep(stop.arrives, one.step, letter.payload)
+                one.pending = partial(self._decode, one, letter.payload, self.plan.rows(stop.arrives, one.step))
             if stop.index in one.before:  # chunks pass a stage in order: its keys and values grow from the front
                 await one.before[stop.index].wait()
             if isinstance(stop.stage, Serial):
@@ -247,10 +340,12 @@ class Walker:
                 await self._shared(one, stop, stop.stage)
         return sampled
 
-    async def _enter(self, one: _Pass, token: Sampled | None) -> None:
-        """The ids of a step reach the embedding: a part of the prompt, or the last token."""
-        step, depth = one.step, token.depth if token else 0
-        ids = list(self.ids[step.start : step.start + step.count]) if step.is_prefill else [token.id] if token else []
+    async def _enter(self, one: _Pass, made: _Made | None) -> None:
+        """The ids of a step reach the embedding: a part of the prompt, or the last token and what was drafted."""
+        step, depth = one.step, made.depth if made else 0
+        ids = list(made.ids) if made else []
+        if step.is_prefill:
+            ids = list(self.ids[step.start : step.start + step.count])
         if self.me == self.plan.feeder:
             await self._feed(one)
         for move in self._entering:
@@ -259,15 +354,18 @@ class Walker:
             if self.me == move.src:
                 await self.post.send(move, step, _ids_out(ids), depth)
             else:
-                payload, depth = await self.post.receive(move, step)
-                ids = self._ids_in(payload)
+                letter = await self.post.receive(move, step.index)
+                self._learn(one, letter)
+                ids, depth = self._ids_in(letter.payload), letter.depth
+                if step.is_prefill and self.drafting:
+                    self.drafting.follows(step.start, ids)
         if self.me == self.plan.embed and self.plan.feeder is None:
             one.depth = depth
             one.pending = lambda: self.share.embed(ids, self._at(one))
 
     async def _feed(self, one: _Pass) -> None:
         """The stream before an excerpt, as it was kept, goes to those who begin with it."""
-        step, wire = one.step, self.plan.decision.wire
+        step, wire = one.step, self.plan.wire(one.step)
         if self.kept is None:
             raise BrokenInvariant("a machine without memory is to feed an excerpt")
         if not self.kept.covers(self.plan.first, step.start, step.start + step.count):
@@ -278,52 +376,52 @@ class Walker:
         for move in self.plan.moves_after(-1):
             if move.kind is Kind.RESIDUAL:
                 await self.post.send(move, step, payload, one.depth)
-        one.pending = partial(self._decode, memoryview(payload), step.count)
+        one.pending = partial(self._decode, one, memoryview(payload), step.count)
 
     def keep(self, move: Move, step: Step, payload: bytes | memoryview) -> None:
         """Keep a residual stream that crossed, unless only a part of it did."""
         if self.kept is not None and move.kind is Kind.RESIDUAL and not move.last_only and move.after >= 0:
             stage = self.plan.stages[move.after]
             half = stage.stop if isinstance(stage, Serial) else stage.half + 1
-            self.kept.put(half, step.start, step.count, self.plan.decision.wire, payload)
+            self.kept.put(half, step.start, step.count, self.plan.wire(step), payload)
 
-    async def _serial(self, one: _Pass, stop: _Stop, stage: Serial) -> Sampled | None:
+    async def _serial(self, one: _Pass, stop: _Stop, stage: Serial) -> _Made | None:
         tapped: list[tuple[int, bytes]] = []
         step, emits = one.step, stage.head and one.step.emits
 
-        def finish(x: Tensor, logits: Tensor | None) -> tuple[Tensor, bytes, int | None]:
+        def finish(x: Tensor, logits: Tensor | None) -> tuple[Tensor, bytes, tuple[int, ...]]:
             if logits is not None:
-                return x, b"", self._choose(logits[-1], step.start + step.count)
-            return (*self._crossed(one, stop, x), None)
+                return x, b"", self._sampled(one, logits)
+            return (*self._crossed(one, stop, x), ())
 
         piece = Piece(
             self.share, stage.start, stage.stop, step.count, step.start + step.count,
             stream=lambda: (self._residual(one), self._at(one)),
             finish=finish,
             is_prefill=step.is_prefill,
-            head_rows=1 if emits else 0,
+            head_rows=(1 if step.is_prefill else step.count) if emits else 0,
             priority=self.request.priority,
             taps=tuple(half for half in self.taps if stage.start < half < stage.stop),
-            tap=lambda half, x: tapped.append((half, codec.encode(x, self.plan.decision.wire))),
+            tap=lambda half, x: tapped.append((half, codec.encode(x, self.plan.wire(step)))),
         )  # fmt: skip
         result = await self.machine.run(piece, here=self.post.may_block)
         self._note(one, stop, result.start_s, result.stop_s)
-        x, payload, token = result.value
+        x, payload, sampled = result.value
         for half, kept in tapped:
             if self.kept is not None:
-                self.kept.put(half, one.step.start, one.step.count, self.plan.decision.wire, kept)
-        if token is not None:
-            return Sampled(token, one.depth)
+                self.kept.put(half, step.start, step.count, self.plan.wire(step), kept)
+        if sampled:
+            return _Made(sampled, one.depth)
         await self._send_residual(one, stop, x, payload)
         return None
 
     async def _shared(self, one: _Pass, stop: _Stop, stage: Shared) -> None:
-        wire = self.plan.decision.wire
+        wire = self.plan.wire(one.step)
 
         def work() -> tuple[Tensor, Tensor, bytes]:
             x = self._residual(one)
             summand = self.share.partial(x, stage.half, self._at(one))
-            if stop.last_only:
+            if stop.last_only and one.step.is_prefill:
                 x, summand = x[-1:], summand[-1:]
             summand = self._lose(summand, stop.index, Kind.PARTIAL, self.me, one.step)
             return x, codec.round_trip(summand, wire), codec.encode(summand, wire) if stop.partials_out else b""
@@ -340,11 +438,13 @@ class Walker:
         """Gather the partial sums of the others; they are added when the compute thread next has this pass."""
         others: dict[int, memoryview] = {}
         for move in stop.partials_in:
-            others[move.src], depth = await self.post.receive(move, one.step)
-            one.depth = max(one.depth, depth)
+            letter = await self.post.receive(move, one.step.index)
+            self._learn(one, letter)
+            others[move.src] = letter.payload
+            one.depth = max(one.depth, letter.depth)
 
         def joined() -> Tensor:
-            partials = [own if m == self.me else self._decode(others[m], own.shape[0]) for m in stage.machines]
+            partials = [own if m == self.me else self._decode(one, others[m], own.shape[0]) for m in stage.machines]
             return self.share.join(x, partials, stage.half)
 
         if stop.crossing is None:
@@ -365,10 +465,10 @@ class Walker:
         others will decode."""
         if stop.crossing is None:
             return x, b""
-        if stop.last_only:
+        if stop.last_only and one.step.is_prefill:
             x = x[-1:]
         x = self._lose(x, stop.index, Kind.RESIDUAL, stop.crossing.src, one.step)
-        wire = self.plan.decision.wire
+        wire = self.plan.wire(one.step)
         return codec.round_trip(x, wire), codec.encode(x, wire) if stop.residuals_out else b""
 
     # Small things
@@ -376,8 +476,17 @@ class Walker:
     def _choose(self, logits: Tensor, position: int) -> int:
         return self.choose(logits, position) if self.choose else sample(logits, self.request.sampling, position)
 
+    def _sampled(self, one: _Pass, logits: Tensor) -> tuple[int, ...]:
+        """What follows each position of a step that emits (of a prefill: the last one), from logits (rows, vocab);
+        where the loop is here, no further than the first drafted token that is wrong."""
+        first = one.step.start + one.step.count - len(logits) + 1
+        choices = (self._choose(row, first + n) for n, row in enumerate(logits))
+        return self._right(one.drafted, choices) if self.me == self.plan.loop_machine else tuple(choices)
+
     def _at(self, one: _Pass) -> Positions:
         if one.at is None:
+            if self.plan.decision.draft and not one.step.is_prefill:
+                self.share.cut(one.step.start)  # what was drafted last and not accepted
             one.at = self.share.positions(one.step.start, one.step.count)
         return one.at
 
@@ -387,8 +496,8 @@ class Walker:
         pending, one.pending = one.pending, None
         return pending()
 
-    def _decode(self, payload: memoryview, rows: int) -> Tensor:
-        x = codec.decode(payload, self.plan.decision.wire, rows, self.plan.d_model)
+    def _decode(self, one: _Pass, payload: memoryview, rows: int) -> Tensor:
+        x = codec.decode(payload, self.plan.wire(one.step), rows, self.plan.d_model)
         return x.to(dtype=self.share.dtype, device=self.share.device)
 
     def _lose(self, x: Tensor, index: int, kind: Kind, src: int, step: Step) -> Tensor:
@@ -416,7 +525,7 @@ class Walker:
         here = not step.is_prefill and self.post.may_block
         result = await machine.compute(work, predicted, here)
         if not adding:
-            machine.clock.ran(step.count, result.stop_s - result.start_s)
+            machine.clock.ran(step.count if step.is_prefill else 1, result.stop_s - result.start_s)
         self._note(one, stop, result.start_s, result.stop_s)
         return result.value
 

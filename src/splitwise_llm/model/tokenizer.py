@@ -23,6 +23,11 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ModelError(f"{path} is no tokenizer: {error}") from error
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id."""
+        return self._tokenizer.get_vocab()
+
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text).ids)
 

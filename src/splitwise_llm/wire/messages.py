@@ -12,6 +12,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from splitwise_llm.decision import MAX_DRAFT
 from splitwise_llm.errors import BrokenInvariant, ProtocolError
 from splitwise_llm.plan import Kind
 from splitwise_llm.records import Interval
@@ -118,6 +119,8 @@ class Begin(_Header, frozen=True, tag="begin"):
     known: Count
     tokens: Count
     """To be generated at most; 0 for a fill."""
+    draft: Annotated[int, msgspec.Meta(ge=0, le=MAX_DRAFT)] = 0
+    """Tokens that may be drafted before each decode step."""
     first: Count = 0
     stop: Count = 0
     """0: to the end."""
@@ -127,6 +130,8 @@ class Begin(_Header, frozen=True, tag="begin"):
     """Who takes part in the last half of a fill, where it is shared; empty: all."""
     direct: list[tuple[int, int]] = []
     """Pairs of workers that reach each other without the device."""
+    prefill_wire: str = ""
+    """Of prefill chunks; empty: `wire`."""
     dial: dict[int, str] = {}
     """Address of each machine that this worker is to dial for such a pair."""
 
@@ -172,6 +177,9 @@ class Halt(_Header, frozen=True, tag="halt"):
     run: Count
     at_once: bool = False
     """Something has failed: no next token may come."""
+    keep: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)] = -1
+    """Positions whose ids are certain; what was drafted behind them was not accepted. -1: as far as the worker knows
+    itself."""
 
 
 class Ping(_Header, frozen=True, tag="ping"):
@@ -212,6 +220,8 @@ class Data(_Header, frozen=True, tag="data"):
     dtype: str
     rows: Count
     columns: Count
+    start: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)] = -1
+    """The first position of a decode step in a run that drafts; -1: as the plan says."""
 
 
 class Crossed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -255,6 +265,8 @@ class Failed(_Header, frozen=True, tag="failed"):
     """When to come back, of a worker that is full."""
     run: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)] = -1
     """What cannot go on is this run; -1: the session."""
+    machine: Annotated[int, msgspec.Meta(ge=-1, lt=256)] = -1
+    """The worker that this one does not reach directly, though the run says so; -1: it is something else."""
 
 
 H = TypeVar("H", bound=_Header)
