@@ -1,7 +1,8 @@
 """Generated schedules of faults and moves over the real engine in one process. It does not know what must hold then.
 
 A device and two workers, joined by in-memory links that can be faulted; workers can be killed, come back with nothing,
-be full or out of memory; a scripted policy moves the partition, also to where it may not.
+be full or out of memory; a scripted policy moves the partition, also to where it may not; tokens are drafted, well,
+badly, or not at all.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from hypothesis import strategies as st
 
 from splitwise_llm import cost
 from splitwise_llm.decision import Decision
-from splitwise_llm.engine import controller, edge, generation, hosted, peer, standby, worker
+from splitwise_llm.engine import controller, edge, hosted, peer, standby, worker
+from splitwise_llm.engine import generation as generations
 from splitwise_llm.engine.backoff import RecoveryRules
+from splitwise_llm.engine.drafting import Draft, Drafter, Drafting, Lookup, Pace
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.generation import Generation
 from splitwise_llm.engine.machine import Machine, need_of
@@ -31,7 +34,7 @@ from splitwise_llm.engine.worker import Worker
 from splitwise_llm.errors import RequestError, SplitwiseError, Unreachable
 from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.model.sampling import Sampling
-from splitwise_llm.observation import Observation, Policy
+from splitwise_llm.observation import Observation, Occasion, Policy
 from splitwise_llm.partition import Partition
 from splitwise_llm.spec import DeviceSpec, Dtype, ModelSpec, Weights
 from splitwise_llm.wire import faulty
@@ -51,6 +54,10 @@ RULES = RecoveryRules(
     budget_s=3.0, steady_s=0.05,
 )  # fmt: skip
 """The defaults, about ten to twenty times faster."""
+MOST_DRAFTED = 4
+DRAFTERS = ("", "ngram", "model", "half", "wrong")
+"""Who proposes: nobody; lookup; the model itself; who knows the answer, and says every third id otherwise; who is
+always wrong."""
 LONGEST_S = 20.0
 """A schedule that takes longer hangs."""
 NOTHING_KEPT = 0
@@ -109,6 +116,8 @@ class Answerer:
     """Text: what may not be."""
     prompt: int = 0
     is_sampled: bool = False
+    drafter: str = ""
+    """One of `DRAFTERS`, on the device."""
 
     @property
     def is_given(self) -> bool:
@@ -128,29 +137,33 @@ class Schedule:
     """Whether the device could hold all of the model."""
     lease_s: float = 60.0
     kept_bytes: int = 2**26
+    drafter: str = ""
+    """One of `DRAFTERS`, of workers that run token loops; they have no model to draft with."""
 
 
 class Scripted:
-    """A policy that gives its answers one after the other, then stays."""
+    """A policy that gives its answers one after the other, then stays. Until a session is admitted that is the first:
+    it is asked twice where a worker's greeting is late."""
 
     def __init__(self, answers: Sequence[Decision | str]) -> None:
-        self._answers = list(answers)
+        self._first, *self._later = answers
         self.asked = 0
 
     def decide(self, observation: Observation) -> Decision:
         self.asked += 1
-        if not self._answers:
+        if observation.occasion is Occasion.ADMISSION:
+            answer = self._first
+        elif self._later:
+            answer = self._later.pop(0)
+        else:
             assert observation.placement is not None
             return observation.placement.decision
-        answer = self._answers.pop(0)
         if isinstance(answer, Decision):
             return answer
         spec = observation.model
         match answer:
             case "raises":
                 raise RequestError("nothing is to my liking")
-            case "drafts":
-                return Decision(Partition.all_on(spec, 1), draft=2)
             case "stranger":
                 return Decision(Partition.all_on(spec, len(observation.machines)))
             case _:
@@ -158,7 +171,7 @@ class Scripted:
                 return Decision(Partition.all_on(other, 1))
 
 
-INADMISSIBLE = ("raises", "drafts", "stranger", "another model")
+INADMISSIBLE = ("raises", "stranger", "another model")
 
 
 @st.composite
@@ -168,7 +181,8 @@ def decisions(draw: st.DrawFn, spec: ModelSpec) -> Decision:
     partition = draw(texts.map(lambda text: Partition.parse(text, spec, NAMES)) | partitions(spec))
     chunk = draw(st.sampled_from([None, None, 1, 4]))
     patience = draw(st.sampled_from([0.0, 1.0, float("inf")]))
-    return Decision(partition, prefill_chunk=chunk, patience=patience, shadow=draw(st.booleans()))
+    draft = draw(st.integers(0, MOST_DRAFTED))
+    return Decision(partition, prefill_chunk=chunk, draft=draft, patience=patience, shadow=draw(st.booleans()))
 
 
 @st.composite
@@ -188,7 +202,8 @@ def acts(draw: st.DrawFn) -> Act:
 def sessions(draw: st.DrawFn, spec: ModelSpec) -> Answerer:
     first = draw(decisions(spec))
     later = draw(st.lists(decisions(spec) | st.sampled_from(INADMISSIBLE), max_size=5))
-    return Answerer((first, *later), draw(st.integers(0, 1)), draw(st.booleans()))
+    drafter = draw(st.sampled_from(DRAFTERS))
+    return Answerer((first, *later), draw(st.integers(0, 1)), draw(st.booleans()), drafter)
 
 
 @st.composite
@@ -205,7 +220,37 @@ def schedules(draw: st.DrawFn, specs: Callable[[str], ModelSpec]) -> Schedule:
         fits=draw(st.sampled_from([True, True, True, False])),
         lease_s=draw(st.sampled_from([60.0, 0.1])),
         kept_bytes=draw(st.sampled_from([2**26, 2048])),
+        drafter=draw(st.sampled_from([one for one in DRAFTERS if one != "model"])),
     )
+
+
+# Who drafts
+
+
+class Knowing:
+    """Proposes what the answer goes on with, of several texts that are known, every `wrong`th id changed."""
+
+    is_light = True
+
+    def __init__(self, texts: Sequence[Sequence[int]], wrong: int) -> None:
+        self._texts, self._wrong = texts, wrong
+
+    def propose(self, ids: Sequence[int], most: int) -> Sequence[int]:
+        """See `Drafter`. Looks no further back than a worker may have seen."""
+        last = list(ids[-2:])
+        for text in self._texts:
+            for stop in range(len(last), len(text) if last else 0):
+                if list(text[stop - len(last) : stop]) == last:
+                    follows = range(stop, min(stop + most, len(text)))
+                    return [text[at] ^ 1 if at % self._wrong == 0 else text[at] for at in follows]
+        return []
+
+
+def drafting_by(kind: str, texts: Sequence[Sequence[int]], vocabulary: int) -> Drafting | None:
+    """One that always proposes as much as it may, but for lookup, which learns what pays; None: nobody."""
+    light: dict[str, Drafter] = {"ngram": Lookup(), "half": Knowing(texts, 3), "wrong": Knowing(texts, 1)}
+    pace = Pace() if kind == "ngram" else Pace(least=MOST_DRAFTED)
+    return Drafting(light[kind], vocabulary, pace) if kind in light else None
 
 
 # What it runs on
@@ -413,13 +458,18 @@ class Result:
 
 
 @contextmanager
-def hurried(kept_bytes: int) -> Iterator[None]:
-    """Everything that takes its time in earnest, faster."""
+def hurried(schedule: Schedule, texts: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Everything that takes its time in earnest, faster; and workers that draft as the schedule says."""
+
+    def there(_: Lookup, vocabulary: int) -> Drafting:
+        return drafting_by(schedule.drafter, texts, vocabulary) or Drafting(Lookup(), vocabulary)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hosted, "Drafting", there)
         patch.setattr(controller, "EPOCH_TOKENS", 2)
         patch.setattr(controller, "EPOCH_S", 0.05)
         patch.setattr(controller, "UNKNOWN_STEP_S", 0.03)
-        patch.setattr(generation, "CLOSING_S", 0.2)
+        patch.setattr(generations, "CLOSING_S", 0.2)
         patch.setattr(standby, "READY_AFTER_S", 0.01)
         patch.setattr(worker, "RETRY_S", 0.03)
         patch.setattr(worker, "GREETING_S", 0.3)
@@ -427,7 +477,7 @@ def hurried(kept_bytes: int) -> Iterator[None]:
         patch.setattr(faulty, "REORDER_HOLD_S", 0.005)
         patch.setattr(faulty, "LINGER_S", 0.1)
         for module in (edge, hosted):
-            patch.setattr(module, "KEPT_BYTES", kept_bytes)
+            patch.setattr(module, "KEPT_BYTES", schedule.kept_bytes)
         for module in (peer, worker):
             patch.setattr(module, "Sequenced", partial(Sequenced, gap_s=0.1))
         yield
@@ -447,15 +497,20 @@ class _Complaints(logging.Handler):
         self.said.append(f"{context.get('message')}: {context.get('exception')!r} {context.get('future', '')}")
 
 
-def run(directory: Path, prompts: Sequence[Sequence[int]], schedule: Schedule) -> Result:
+Texts = Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]
+"""Prompts, and all that an undisturbed run may answer to each: what a drafter may know."""
+
+
+def run(directory: Path, prompts: Texts, schedule: Schedule) -> Result:
     """The schedule, in real time."""
+    texts = [[*prompt, *answer] for prompt, answers in prompts for answer in answers]
     complaints = _Complaints()
     log = logging.getLogger("splitwise_llm")
     log.addHandler(complaints)
     try:
-        with hurried(schedule.kept_bytes), asyncio.Runner() as runner:
+        with hurried(schedule, texts), asyncio.Runner() as runner:
             runner.get_loop().set_exception_handler(complaints.handle_loop)
-            result = runner.run(_run(Checkpoint(directory), prompts, schedule))
+            result = runner.run(_run(Checkpoint(directory), [prompt for prompt, _ in prompts], texts, schedule))
             gc.collect()
     finally:
         log.removeHandler(complaints)
@@ -463,7 +518,9 @@ def run(directory: Path, prompts: Sequence[Sequence[int]], schedule: Schedule) -
     return result
 
 
-async def _run(checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], schedule: Schedule) -> Result:
+async def _run(
+    checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], schedule: Schedule
+) -> Result:
     result = Result()
     with ExitStack() as stack:
         lab = Lab(checkpoint, schedule, stack)
@@ -479,16 +536,19 @@ async def _run(checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], schedul
             policy: Policy | Decision = Scripted(session.answers)
             if session.is_given and isinstance(session.answers[0], Decision):
                 policy = session.answers[0]
-            outcome = Outcome(
-                lab.edge.generate(
-                    list(prompts[session.prompt]),
-                    policy,
-                    max_new_tokens=TOKENS,
-                    sampling=SAMPLED if session.is_sampled else None,
-                    stop_ids=(),
-                    rules=RULES,
-                )
+            by = {"": "off", "model": str(checkpoint.directory)}.get(session.drafter, "ngram")
+            generation = lab.edge.generate(
+                list(prompts[session.prompt]),
+                policy,
+                max_new_tokens=TOKENS,
+                sampling=SAMPLED if session.is_sampled else None,
+                stop_ids=(),
+                rules=RULES,
+                draft=Draft(by, MOST_DRAFTED, is_free=False),
             )
+            if drafting := drafting_by(session.drafter, texts, checkpoint.architecture.spec.vocab_size):
+                generation._controller.drafting = drafting
+            outcome = Outcome(generation)
             result.outcomes.append(outcome)
             todo = [act for act in schedule.acts if act.token >= 0] if number == 0 else []
             following.append(asyncio.create_task(_follow(lab, outcome, todo), name=f"session {number}"))

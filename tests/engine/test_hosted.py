@@ -173,6 +173,21 @@ def test_a_run_that_waits_for_others_is_halted_at_once(scene: Play, at_once: boo
     scene(one)
 
 
+# Dies when engine/hosted.py says `header.at_once and False` for `header.at_once and header.run in self._running`.
+def test_a_token_loop_that_is_to_halt_at_a_token_and_gets_none_is_still_halted_at_once(scene: Play) -> None:
+    async def one(lab: Lab) -> None:
+        async with lab.session() as (device, _):
+            await lab.begun(device, 1, Partition.all_on(lab.checkpoint.architecture.spec, 1), tokens=18)
+            await device.say(Halt(1))  # no prompt comes: there is no next token
+            assert await device.is_silent()
+            await asyncio.wait_for(_halt(device, at_once=True), 2)  # the first of two answers
+            await device.hear(Halted)
+            await lab.begun(device, 2)
+            assert await lab.decode(device, 0, 4, 6, run=2) == lab.expected[3:6]
+
+    scene(one)
+
+
 def test_pings_are_answered_while_a_run_waits(scene: Play) -> None:
     async def one(lab: Lab) -> None:
         async with lab.session() as (device, _):

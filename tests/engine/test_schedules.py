@@ -7,20 +7,35 @@ import asyncio
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from schedules import FAMILIES, LONGEST_S, PROMPT_TOKENS, SAMPLED, TOKENS, Result, Schedule, run, schedules
+from schedules import (
+    FAMILIES,
+    LONGEST_S,
+    PROMPT_TOKENS,
+    SAMPLED,
+    TOKENS,
+    Act,
+    Answerer,
+    Result,
+    Schedule,
+    run,
+    schedules,
+)
 from torch import Tensor
 
 from splitwise_llm.bench.in_process import in_process
+from splitwise_llm.decision import Decision
 from splitwise_llm.engine import walk
 from splitwise_llm.engine.walk import GREEDY
 from splitwise_llm.errors import MemoryTooSmall, PeerError
 from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.model.sampling import Sampling, sample
+from splitwise_llm.partition import Partition
 from splitwise_llm.spec import ModelSpec
 from strategies import NAMES
 
@@ -49,6 +64,13 @@ class Undisturbed:
                 if len(self.prompts[family]) == 2:
                     break
         self.spec: Callable[[str], ModelSpec] = cache(lambda family: Checkpoint(tiny(family)).architecture.spec)
+
+    def texts(self, family: str) -> list[tuple[list[int], list[list[int]]]]:
+        """Prompts, and what may be answered to each."""
+        return [
+            (prompt, [self.said[family, number, is_sampled][0] for is_sampled in (False, True)])
+            for number, prompt in enumerate(self.prompts[family])
+        ]
 
     @staticmethod
     def _answer(directory: Path, prompt: list[int], sampling: Sampling) -> tuple[list[int], str] | None:
@@ -88,7 +110,7 @@ def undisturbed(tiny: Callable[[str], Path]) -> Undisturbed:
 def check(undisturbed: Undisturbed, schedule: Schedule) -> Result:
     """Run a schedule, and all that must hold."""
     family = schedule.family
-    result = run(undisturbed.directory(family), undisturbed.prompts[family], schedule)
+    result = run(undisturbed.directory(family), undisturbed.texts(family), schedule)
     said = f"{schedule}\n{result.story()}"
     assert not result.hanging, f"not over after {LONGEST_S:g} s: {said}"
     for session, outcome in zip(schedule.sessions, result.outcomes, strict=True):
@@ -112,6 +134,55 @@ def check(undisturbed: Undisturbed, schedule: Schedule) -> Result:
     assert not result.left, f"left behind: {said}"
     assert not result.complaints, f"complaints: {said}"
     return result
+
+
+INF = float("inf")
+
+
+def decided(spec: ModelSpec, text: str, **how: Any) -> Decision:
+    return Decision(Partition.parse(text, spec, NAMES), **how)
+
+
+def shadow_filled_during_a_prefill_that_breaks(spec: ModelSpec) -> Schedule:
+    """The device's shadow had more of the prompt than the share in use, which was asked to begin behind it: the session
+    ended with "a run begins at position 8, and half 4 is cached up to 3 only"."""
+    text = (
+        "third[0:0.5] edge[0.5:1] cloud+third[1](kv=third:0-3 ffn=third:0,cloud:1-2,third:3,cloud:4-7) "
+        "edge+cloud+third[2](kv=third:0,edge:1,third:2,edge:3 ffn=third:0,cloud:1,edge:2,cloud:3-4,third:5,cloud:6-7) "
+        "embed=edge head=third"
+    )
+    first = decided(spec, text, prefill_chunk=1, draft=2, patience=0.0, shadow=True)
+    second = decided(spec, "edge[0:1] cloud[1:3] embed=edge head=cloud", draft=1, patience=INF, shadow=True)
+    acts = (Act(0, "reset", "cloud", 0.1, 5),)
+    return Schedule("gpt2", (Answerer((first, "raises", second), 1, drafter="wrong"),), acts, "carry", is_direct=True)
+
+
+def loop_asked_to_halt_waits_for_a_machine_that_is_lost(spec: ModelSpec) -> Schedule:
+    """A worker's token loop was to halt at its next token, which needed a machine that was lost just then: the worker
+    obeyed no order any more, and its run outlived the session."""
+    text = (
+        "cloud+third[0](kv=third:0,cloud:1,third:2,cloud:3 ffn=third:0-7) "
+        "edge+cloud+third[1](kv=third:0-1,edge:2,cloud:3 ffn=third:0-7) "
+        "edge+cloud+third[2](kv=edge:0,third:1,edge:2,cloud:3 ffn=edge:0-7) head=cloud"
+    )
+    moved = "edge+cloud[0](kv=edge:0,cloud:1-3 ffn=edge:0-7) cloud[1:2] third[2:2.5] edge[2.5:3] embed=cloud head=cloud"
+    first = decided(spec, text.replace("head", "embed=cloud head"))
+    second = decided(spec, moved, prefill_chunk=4, draft=1, patience=INF, shadow=True)
+    acts = (Act(3, "reset", "third", None, 8), Act(1, "duplicate", "cloud", 0.3, 3))
+    answers = (first, "stranger", second)
+    return Schedule("gpt2", (Answerer(answers, 1, True, "model"),), acts, "compute", lease_s=0.1)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [shadow_filled_during_a_prefill_that_breaks, loop_asked_to_halt_waits_for_a_machine_that_is_lost],
+    ids=lambda found: found.__name__,
+)
+def test_a_schedule_that_broke_once_is_got_over(
+    undisturbed: Undisturbed, found: Callable[[ModelSpec], Schedule]
+) -> None:
+    for _ in range(3):  # they run in real time
+        check(undisturbed, found(undisturbed.spec("gpt2")))
 
 
 SETTINGS = settings(suppress_health_check=list(HealthCheck), phases=[Phase.generate])

@@ -14,7 +14,20 @@ import pytest
 from splitwise_llm.bench.breaking import Bench, Setup
 from splitwise_llm.bench.edge_killed import play_edge_killed
 from splitwise_llm.bench.figures import Figures
-from splitwise_llm.bench.matrix import Cell, Mode, Moment, Outcome, all_cells, extra_tokens, pairwise, untold
+from splitwise_llm.bench.matrix import (
+    STRIKING,
+    Cell,
+    Mode,
+    Moment,
+    Outcome,
+    Scene,
+    all_cells,
+    crowded_cells,
+    drafted_cells,
+    extra_tokens,
+    pairwise,
+    untold,
+)
 from splitwise_llm.bench.soak import Look, growth, run_soak
 from splitwise_llm.bench.survival import Plan, add_matrix, failures, run_matrix, verdicts
 from splitwise_llm.partition import Partition
@@ -26,7 +39,7 @@ PAIRS = pairwise(all_cells())
 CHECKED = tuple(
     cell for cell in PAIRS if (list(Fault).index(cell.fault) + list(Mode).index(cell.mode) + cell.spare) % 2 == 0
 )
-"""Half of the pairs; `bench survival` plays all, and with --full the whole matrix."""
+"""Half of the pairs; `bench survival` plays all, and with --full the whole matrix, drafting, crowds and pipelines."""
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +82,33 @@ def test_the_matrix_has_every_fault_in_every_way_at_every_moment() -> None:
     assert len({cell.name for cell in cells}) == len(cells)
 
 
-def test_in_a_fourth_of_the_cells_every_two_of_fault_way_and_moment_meet() -> None:
+def test_in_a_fourth_of_the_cells_every_two_of_fault_way_moment_and_drafting_meet() -> None:
     def met(cells: tuple[Cell, ...]) -> Counter[tuple[str, str]]:
         return Counter(
-            pair for cell in cells for pair in combinations((cell.row, f"{cell.mode} way", str(cell.moment)), 2)
+            pair
+            for cell in cells
+            for pair in combinations(
+                (replace(cell, drafting=False).row, f"{cell.mode} way", str(cell.moment), f"drafts {cell.drafting}"), 2
+            )
         )
 
-    assert set(met(PAIRS)) == set(met(all_cells()))
+    everything = all_cells() + tuple(replace(cell, drafting=True) for cell in all_cells())
+    assert set(met(PAIRS)) == set(met(everything))
     assert 4 * len(PAIRS) == len(all_cells())
+    assert {(cell.fault, cell.drafting) for cell in CHECKED} == {(f, d) for f in Fault for d in (False, True)}
+
+
+def test_the_whole_matrix_has_drafting_in_every_way_and_some_faults_of_crowds_and_pipelines() -> None:
+    cells = Plan.of(full=True, keep=None).cells
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {(c.fault, c.mode) for c in cells if c.drafting and c.scene is Scene.ALONE} == {
+        (fault, mode) for fault in Fault for mode in Mode
+    }
+    for scene in (Scene.CROWD, Scene.PIPELINE):
+        assert {(c.fault, c.drafting) for c in cells if c.scene is scene} == {
+            (fault, drafting) for fault in STRIKING for drafting in (False, True)
+        }
+    assert set(drafted_cells()) | set(crowded_cells()) <= set(cells)
 
 
 SPEC = ModelSpec("llama", 4, 64, 8, 4, 16, 256, 100, 128, 3, True)

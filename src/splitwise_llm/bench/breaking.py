@@ -14,9 +14,21 @@ from pathlib import Path
 from typing import Self
 
 from splitwise_llm.bench.demo import demo_partitions
-from splitwise_llm.bench.matrix import Cell, Mode, Moment, Outcome, extra_tokens, told_events, told_runs, untold
+from splitwise_llm.bench.matrix import (
+    OTHERS,
+    Cell,
+    Mode,
+    Moment,
+    Outcome,
+    Scene,
+    extra_tokens,
+    told_events,
+    told_runs,
+    untold,
+)
 from splitwise_llm.bench.rig import Host, Line
 from splitwise_llm.decision import Decision
+from splitwise_llm.engine.drafting import Draft
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.generation import Generation
 from splitwise_llm.engine.machine import Machine
@@ -24,6 +36,7 @@ from splitwise_llm.errors import BrokenInvariant, SplitwiseError
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.tokenizer import Tokenizer
+from splitwise_llm.partition import Partition
 from splitwise_llm.records import RequestRecord
 from splitwise_llm.wire.faults import Fault, Injection
 from splitwise_llm.wire.faulty import FaultyConnect
@@ -36,6 +49,9 @@ WORKER, SPARE = 1, 2
 NAMES = ("cloud", "third")
 FOR_EVER_S = 600.0
 SAMPLINGS = (Sampling(), Sampling(temperature=0.9, top_k=100, seed=11))
+
+MOST_DRAFTED = 4
+DRAFT = Draft("ngram", MOST_DRAFTED, is_free=False)
 
 BRIEF_S, LONG_S = 0.8, 3.0
 """How long a drop lasts where the generation waits for the link, and where it goes on elsewhere."""
@@ -69,7 +85,7 @@ class Setup:
     link: str = "rtt=20ms rate=20mbit"
     emulate: float = 3.0
     limit_s: float = 30.0
-    """A cell that takes longer has failed."""
+    """A cell that takes longer has failed; one with a crowd may take as many times as long as there are sessions."""
 
     @property
     def prompt(self) -> str:
@@ -125,7 +141,16 @@ class Bench:
 
     def decision(self, cell: Cell) -> Decision:
         """The cell's partition and patience. What comes back is waited for, or not: by turns of the moments."""
-        return Decision(self.partitions[cell.mode], prefill_chunk=64, patience=patience(cell))
+        draft = MOST_DRAFTED if cell.drafting else 0
+        return Decision(self.partition(cell), prefill_chunk=64, draft=draft, patience=patience(cell))
+
+    def partition(self, cell: Cell) -> Partition:
+        """Where the model is. A pipeline ends on its last worker, or, as a U, on the device."""
+        if cell.scene is not Scene.PIPELINE:
+            return self.partitions[cell.mode]
+        last = self.machine.spec.num_layers
+        head = " head=edge" if cell.mode is Mode.U else ""
+        return Partition.parse(f"edge[0:1] cloud[1:2] third[2:{last}]{head}", self.machine.spec, ("edge", *NAMES))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
@@ -163,23 +188,34 @@ class Bench:
         with Line(self.cloud.address, LinkShape.parse(self.setup.link)) as line:
             frames = Faults()
             connect = self._connect(cell, line, frames, extra)
-            edge = Edge(self.machine, NAMES[: 2 if extra else 1], connect)
-            generation = edge.generate(
-                self.setup.prompt, self.decision(cell), max_new_tokens=self.setup.new_tokens, sampling=sampling,
-                journal=journal,
-            )  # fmt: skip
+            direct = {NAMES: extra.address} if extra and cell.scene is Scene.PIPELINE else None
+            edge = Edge(self.machine, NAMES[: 2 if extra else 1], connect, direct)
+
+            def generate(journal: Path | None = None) -> Generation:
+                return edge.generate(
+                    self.setup.prompt, self.decision(cell), max_new_tokens=self.setup.new_tokens, sampling=sampling,
+                    journal=journal, draft=DRAFT if cell.drafting else None,
+                )  # fmt: skip
+
+            generation = generate(journal)
             stage = Stage(line, frames, self.cloud, extra, generation, journal)
             came: list[int] = []
             error = ""
+            others = [generate() for _ in range(OTHERS if cell.scene is Scene.CROWD else 0)]
+            limit_s = self.setup.limit_s * (1 + len(others))
             try:
-                async with asyncio.timeout(self.setup.limit_s):
-                    await _take(cell, stage, came, self.setup.new_tokens)
+                async with asyncio.timeout(limit_s), asyncio.TaskGroup() as crowd:
+                    beside = [crowd.create_task(_ids_of(other)) for other in others]
+                    crowd.create_task(_take(cell, stage, came, self.setup.new_tokens))
+                for other, task in zip(others, beside, strict=True):
+                    if task.result() != want:
+                        error = f"another session said otherwise: {task.result()}, {told_events_of(other)}"
             except TimeoutError:
-                error = f"it did not end within {self.setup.limit_s:g} s"
-            except (SplitwiseError, AssertionError) as met:
-                error = f"{type(met).__name__}: {met}"
-            except Exception as met:  # a bug, to be reported as the outcome of this cell
-                error = f"bug: {type(met).__name__}: {met}"
+                error = f"it did not end within {limit_s:g} s"
+            except ExceptionGroup as group:
+                met = group.exceptions[0]
+                is_known = isinstance(met, SplitwiseError | AssertionError)
+                error = f"{'' if is_known else 'bug: '}{type(met).__name__}: {met}"
             finally:
                 await _clean(cell, stage)
             took_s = time.monotonic() - begun_s
@@ -188,7 +224,8 @@ class Bench:
         return self._outcome(cell, stage, identical, fired, error, took_s)
 
     def _extra(self, cell: Cell) -> Host | None:
-        return self.spare if cell.spare or cell.fault is Fault.WORKER_OUT_OF_MEMORY else None
+        needs = cell.spare or cell.fault is Fault.WORKER_OUT_OF_MEMORY or cell.scene is Scene.PIPELINE
+        return self.spare if needs else None
 
     def _connect(self, cell: Cell, line: Line, frames: Faults, extra: Host | None) -> Callable[[str], Awaitable[Link]]:
         async def reach(name: str) -> Link:
@@ -203,7 +240,7 @@ class Bench:
             events = told_events_of(stage.generation)
             return Outcome(cell.name, not fired, identical, "", error, round(took_s, 3), events=events)
         record = stage.generation.record
-        extra = extra_tokens(record, self.partitions[cell.mode], WORKER) if _loses_cache(cell) else 0
+        extra = extra_tokens(record, self.partition(cell), WORKER) if _loses_cache(cell) else 0
         return Outcome(
             cell.name, not fired, identical, untold(cell, record), "", round(took_s, 3), extra,
             _says_nothing(cell, fired, record), told_events(record.events), told_runs(record.runs),
@@ -230,6 +267,12 @@ async def _take(cell: Cell, stage: Stage, came: list[int], total: int) -> None:
             came.append(token.id)
             if len(came) == at:
                 strike(cell, stage)
+
+
+async def _ids_of(generation: Generation) -> tuple[int, ...]:
+    """Of a session to its end, as they came."""
+    async with generation:
+        return tuple([token.id async for token in generation])
 
 
 def strike(cell: Cell, stage: Stage) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from splitwise_llm.bench.breaking import NAMES, SAMPLINGS, Bench
+from splitwise_llm.bench.breaking import DRAFT, NAMES, SAMPLINGS, Bench
 from splitwise_llm.bench.matrix import Cell, Outcome
 from splitwise_llm.bench.rig import Line
 from splitwise_llm.engine.journal import Saved, read_journal
@@ -35,6 +35,7 @@ async def play_edge_killed(bench: Bench, cell: Cell, number: int) -> Outcome:
             "-n", str(bench.setup.new_tokens), "--emulate", f"{bench.setup.emulate:g}", "--journal", str(journal),
             "--temperature", str(sampling.temperature), "--top-k", str(sampling.top_k), "--top-p", str(sampling.top_p),
             "--seed", str(sampling.seed),
+            *(("--draft", DRAFT.by, "--draft-tokens", str(DRAFT.most)) if cell.drafting else ()),
         ]  # fmt: skip
         at = cell.moment.tokens(bench.setup.new_tokens)
         status, said = await asyncio.to_thread(_kill_at, generate, journal, at)

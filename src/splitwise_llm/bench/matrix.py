@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from itertools import product
 
@@ -38,6 +38,20 @@ class Moment(StrEnum):
         return {Moment.PREFILL: 0, Moment.FIRST: 1, Moment.MID: of // 2, Moment.LAST: of - 1}[self]
 
 
+class Scene(StrEnum):
+    """Who else is there."""
+
+    ALONE = "alone"
+    CROWD = "eight sessions"
+    """Seven other sessions of the same kind on the same worker, over the same link: all have to get over it."""
+    PIPELINE = "three machines"
+    """The worker hands on to a second one, over a direct link. The fault is of the first worker, or of its link."""
+
+
+OTHERS = 7
+"""Sessions beside the one that is looked at, in a crowd."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One generation with one fault."""
@@ -47,16 +61,27 @@ class Cell:
     moment: Moment
     spare: bool = False
     """Whether another worker could take the lost one's place."""
+    drafting: bool = False
+    """Whether tokens are drafted, by lookup."""
+    scene: Scene = Scene.ALONE
 
     @property
     def row(self) -> str:
-        """The fault, and whether there is a spare worker."""
-        return f"{self.fault}, a spare there" if self.spare else self.fault
+        """The fault, and what is special besides."""
+        said = (
+            "a spare there" if self.spare else "", "drafting" if self.drafting else "",
+            "" if self.scene is Scene.ALONE else self.scene,
+        )  # fmt: skip
+        return ", ".join([self.fault, *filter(None, said)])
 
     @property
     def name(self) -> str:
         """For people and, blanks apart, for files."""
-        return f"{self.fault}{'+spare' if self.spare else ''}/{self.mode}/{self.moment}".replace(" ", "-")
+        special = (
+            "+spare" * self.spare, "+drafting" * self.drafting,
+            "" if self.scene is Scene.ALONE else f"+{self.scene}",
+        )  # fmt: skip
+        return f"{self.fault}{''.join(special)}/{self.mode}/{self.moment}".replace(" ", "-")
 
 
 BREAKS = frozenset(
@@ -74,13 +99,32 @@ def all_cells() -> tuple[Cell, ...]:
     return tuple(Cell(fault, mode, moment, spare) for (fault, spare), mode, moment in product(rows, Mode, Moment))
 
 
+def drafted_cells() -> tuple[Cell, ...]:
+    """Every fault in every way of running in the middle of the answer, while tokens are drafted."""
+    return tuple(replace(cell, drafting=True) for cell in all_cells() if cell.moment is Moment.MID)
+
+
+STRIKING = (Fault.WORKER_KILLED, Fault.RESET, Fault.DROP_BOTH, Fault.CRAWL, Fault.CORRUPT)
+"""Faults that are tried with others on the worker, and in a pipeline."""
+
+
+def crowded_cells() -> tuple[Cell, ...]:
+    """Some faults with eight sessions on the worker, and in a row of three machines; with and without drafting."""
+    scenes = [(Scene.CROWD, mode) for mode in (Mode.CUT, Mode.CLOUD)]
+    scenes += [(Scene.PIPELINE, mode) for mode in (Mode.CUT, Mode.U)]
+    return tuple(
+        Cell(fault, mode, Moment.MID, drafting=drafting, scene=scene)
+        for (scene, mode), fault, drafting in product(scenes, STRIKING, (False, True))
+    )
+
+
 def pairwise(cells: Sequence[Cell]) -> tuple[Cell, ...]:
     """A fourth of all cells in which each two of fault, mode and moment meet: a Latin square for each fault, shifted
-    from one to the next."""
+    from one to the next. In half of them, of each fault, way and moment, tokens are drafted."""
     rows = list(dict.fromkeys(cell.row for cell in cells))
     modes, moments = list(Mode), list(Moment)
     return tuple(
-        cell
+        replace(cell, drafting=(modes.index(cell.mode) // 2 + rows.index(cell.row) // 4) % 2 == 0)
         for cell in cells
         if (modes.index(cell.mode) + moments.index(cell.moment) + rows.index(cell.row)) % len(moments) == 0
     )

@@ -18,7 +18,16 @@ from splitwise_llm.bench.edge_killed import play_edge_killed
 from splitwise_llm.bench.figures import Figures
 from splitwise_llm.bench.fleet import run_fleet
 from splitwise_llm.bench.journal_cost import journal_cost
-from splitwise_llm.bench.matrix import Cell, Mode, Moment, Outcome, all_cells, pairwise
+from splitwise_llm.bench.matrix import (
+    Cell,
+    Mode,
+    Moment,
+    Outcome,
+    all_cells,
+    crowded_cells,
+    drafted_cells,
+    pairwise,
+)
 from splitwise_llm.bench.recovery_times import recovery_times
 from splitwise_llm.bench.telemetry import run_telemetry
 from splitwise_llm.wire.faults import Fault
@@ -37,8 +46,9 @@ class Plan:
 
     @classmethod
     def of(cls, full: bool, keep: Path | None) -> Plan:
-        """The whole matrix, or a fourth of it in which every two of fault, way and moment meet."""
-        return cls(all_cells() if full else pairwise(all_cells()), keep=keep)
+        """The whole matrix, with drafting in the middle of the answer, and some faults of crowds and pipelines; or a
+        fourth of it in which every two of fault, way, moment and drafting meet."""
+        return cls((*all_cells(), *drafted_cells(), *crowded_cells()) if full else pairwise(all_cells()), keep=keep)
 
     @cached_property
     def fingerprint(self) -> str:

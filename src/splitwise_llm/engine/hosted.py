@@ -225,6 +225,8 @@ class Hosted:
                 case Failed():
                     raise ProtocolError(f"the device gave up: {header.message}")
                 case _:
+                    if isinstance(header, Halt) and header.at_once and header.run in self._running:
+                        self._running[header.run].task.cancel()  # though an order to halt waits for its next token
                     self._is_over = self._is_over or isinstance(header, Close)  # though nobody waits for the answer
                     await orders.put((header, payload))  # who sends more than are obeyed is read no further
         log.info("%s left", link.peer)
@@ -398,13 +400,14 @@ class Hosted:
     async def _halt(self, link: Link, halt: Halt) -> None:
         """End a run: a token loop of one's own at its next token, anything else (which waits for others) at once. Of a
         run that never began, or is over, it is said what is here."""
-        running = self._running.pop(halt.run, None)
+        running = self._running.get(halt.run)
         if running is None:
             await link.send(pack(Halted(halt.run, [], 0, *self._holds()), messages.pack_intervals([])))
             return
         if running.walker.makes_tokens_alone and running.walker.post.extent.tokens and not halt.at_once:
             running.walker.halting = True
             await asyncio.wait({running.task})
+        self._running.pop(halt.run, None)
         await self._end(running, halt.keep)
         post = running.walker.post
         crossed = [messages.Crossed(c.after, c.kind, c.src, c.dst, c.count, c.payload_bytes) for c in post.crossings]

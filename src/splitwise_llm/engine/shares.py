@@ -50,9 +50,11 @@ class Shares:
         """The share for a partition, with what is cached already up to position `known`: the one in use, or the next.
         What lies behind may have been drafted, and the run that goes on rolls back only its own. Raises MemoryTooSmall,
         ModelError."""
-        for held in (self._used, self._next):
-            if held and held[0] == partition:
-                return held[1]
+        if self._used and self._used[0] == partition:
+            await self._take_over(self._used[1], known, self._next)  # what was filled beside it, and is said to be here
+            return self._used[1]
+        if self._next and self._next[0] == partition:
+            return self._next[1]
         share = await self._machine.open_share(
             (self, partition), self._name, partition, self._number, self._capacity, owner=self
         )

@@ -182,7 +182,7 @@ class Walker:
     rounds: list[tuple[int, int]] = field(default_factory=list)
     """Positions computed and tokens made in each decode step, as far as they are known here."""
     certain: int = field(init=False)
-    """Positions cached here whose ids are known to be right: all but drafted ones that nobody has judged."""
+    """Positions whose ids are known to be right: what is cached behind them was drafted, and nobody has judged it."""
     me: int = field(init=False)
     _stops: tuple[_Stop, ...] = field(init=False)
     _entering: tuple[Move, ...] = field(init=False)
@@ -209,7 +209,6 @@ class Walker:
         """
         extent = self.post.extent
         made = await self._prefill()
-        self.certain = extent.known
         first = self.plan.decision.num_chunks(extent.known - extent.start) - 1
         for number in range(extent.tokens):
             one, began_s = _Pass(self.post.step(first + number), {}, {}), time.monotonic()
