@@ -125,8 +125,9 @@ def _multiplies_bytes_exactly() -> bool:
     """Whether products of bytes are fast here and their sums exact: without VNNI they are one or the other."""
     if not torch.backends.mkldnn.is_available() or not torch.cpu._is_vnni_supported():  # type: ignore[no-untyped-call]
         return False
-    values = torch.tensor([-127, 127, 127, -127, 1, 0, -1, 64], dtype=torch.int8).repeat(OUTPUTS, 32)
-    x = torch.tensor([0, 255, 255, 0, 128, 127, 129, 254], dtype=torch.uint8).repeat(2, 32)
+    # Neighbours that are both large: without VNNI their sum is cut off at 16 bits.
+    values = torch.tensor([127, 127, 127, 127, -127, -127, 1, 64], dtype=torch.int8).repeat(OUTPUTS, 32)
+    x = torch.tensor([255, 255, 0, 0, 255, 255, 128, 129], dtype=torch.uint8).repeat(2, 32)
     packed = _pack_int8(values)
     if packed is None:
         return False
