@@ -181,4 +181,4 @@ def _logits(checkpoint: Checkpoint, ids: Sequence[int], weights: Weights, layers
     resident.load(need)
     share = Share(resident, need, len(ids))
     at = share.positions(0, len(ids))
-    return share.each_logits(share.run(share.embed(ids, at), 0, 2 * layers, at))
+    return share.all_logits(share.run(share.embed(ids, at), 0, 2 * layers, at))

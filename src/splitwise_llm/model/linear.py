@@ -1,14 +1,15 @@
 """Linear layers and token tables in every form a machine may hold them; knows no layers, biases or models.
 
-| form | resident | few rows (decode) | many rows (prefill) |
+| form | resident | where oneDNN's packing is known | elsewhere |
 | --- | --- | --- | --- |
-| full | the weight in the compute dtype | one product | the same |
-| int8 | a byte per weight, a bf16 scale per output | torch's int8 kernel | blocks up-cast, a product each |
-| int4 | half a byte, a bf16 scale and zero per 32 | torch's int4 kernel | blocks unpacked, a product each |
+| full | the weight in the compute dtype | packed, one product | one product |
+| int8 | a byte per weight, a scale per output | packed, one integer product | few: torch's int8 kernel; many: blocks |
+| int4 | half a byte, a bf16 scale and zero per 32 | as elsewhere | few: torch's int4 kernel; many: blocks |
 
-The low-bit kernels read every weight once, which is what decode waits for, but compute slowly, which is what
-prefill waits for. No second copy is kept: a block made for many rows is dropped before the next is made.
-Where the two ways cross is a constant and not a timing, so that equal shapes always give equal bits.
+Few rows (decode) wait for the weights to be read once, many (prefill) for the arithmetic. What oneDNN has packed
+serves both. torch's own low-bit kernels serve few rows only, so for many some blocks of the weight are up-cast at
+a time and multiplied. No second copy is kept: a block is dropped before the next is made.
+Where two ways cross is a constant and not a timing, so that equal shapes always give equal bits.
 """
 
 from __future__ import annotations
@@ -23,13 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitwise_llm.errors import ModelError
+from splitwise_llm.model.packed import Packed, exact_int8_product, pack, pack_int8
 from splitwise_llm.spec import INT4_GROUP, Weights
 
 INT8_FEW_ROWS = 20
 INT4_FEW_ROWS = 80
-FP32_FEW_ROWS = 32
-"""From two rows up to here (a batch of decode steps, drafted tokens) oneDNN reads weights as fast as for one row; on
-Zen 5 MKL takes 1.7 times as long for 8 rows. One row, and prompts, stay with it."""
 FP16_FEW_ROWS = 4
 """Up to here the kernel wins (for fp16: torch's plain loop). Zen 5, one thread, 768x2048 to 4096x4096."""
 BLOCK_BYTES = 2 << 20
@@ -58,7 +57,7 @@ class Linear(ABC):
     @property
     def num_bytes(self) -> int:
         """Memory it keeps resident."""
-        return sum(held.nbytes for held in vars(self).values() if isinstance(held, Tensor))
+        return sum(held.nbytes for held in vars(self).values() if isinstance(held, Tensor | Packed))
 
 
 def linear_of(weight: Tensor, form: Weights, dtype: torch.dtype) -> Linear:
@@ -74,63 +73,80 @@ def linear_of(weight: Tensor, form: Weights, dtype: torch.dtype) -> Linear:
 
 @final
 class Full(Linear):
-    """The weight as it is. In fp32 it lies transposed, which one row reads up to 1.7 times as fast."""
+    """The weight as it is, packed by oneDNN or plain. Plain fp32 lies transposed, which one row reads up to 1.7 times
+    as fast."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, multiplied: bool = True) -> None:
+        """Without `multiplied` it lies so that looking up is cheap."""
         self.out_features, self.in_features = weight.shape
-        stored = weight.t() if dtype is torch.float32 else weight
-        self._stored = stored.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        self._packed = pack(weight.to(dtype)) if multiplied else None
+        self._plain: Tensor | None = None
+        if self._packed is None:
+            self._transposed = multiplied and dtype is torch.float32
+            plain = weight.t() if self._transposed else weight
+            self._plain = plain.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype is torch.float32:
-            if 1 < len(x) <= FP32_FEW_ROWS and x.device.type == "cpu" and _has_onednn_linear():
-                return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], ""))
-            return torch.mm(x, self._stored)
+        if self._packed is not None:
+            return self._packed.product(x)
+        plain = cast(Tensor, self._plain)
+        if self._transposed:
+            return torch.mm(x, plain)
         if len(x) <= FP16_FEW_ROWS or _product_dtype(x) is x.dtype:
-            return F.linear(x, self._stored)
-        return _by_blocks(x, self._stored).to(x.dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """A view, (out_features, in_features)."""
-        return self._stored.t() if self._stored.dtype is torch.float32 else self._stored
+            return F.linear(x, plain)
+        return _by_blocks(x, plain).to(x.dtype)
 
     def lookup(self, ids: Tensor) -> Tensor:
-        return self.weight.index_select(0, ids)
+        if self._packed is not None:
+            return self._packed.lookup(ids)
+        plain = cast(Tensor, self._plain)
+        return (plain.t() if self._transposed else plain).index_select(0, ids)
 
     def dequantised(self) -> Tensor:
-        return self.weight.float()
+        return self.lookup(torch.arange(self.out_features)).float()
 
 
 @final
 class Int8(Linear):
-    """weight = value * scale of its output. Columns are padded with zeros to a multiple of 32."""
+    """weight = value * scale of its output (a bf16 number). Plain columns are padded with zeros to a multiple of 32."""
 
-    def __init__(self, weight: Tensor, offset: Tensor | None = None) -> None:
-        """`offset` (in_features,) is first subtracted from every row."""
+    def __init__(self, weight: Tensor, offset: Tensor | None = None, multiplied: bool = True) -> None:
+        """`offset` (in_features,) is first subtracted from every row; `multiplied` as above."""
         self.out_features, self.in_features = weight.shape
         columns = _up(self.in_features, COLUMN_STEP)
-        self._values = weight.new_zeros(self.out_features, columns, dtype=torch.int8)
+        values = weight.new_zeros(self.out_features, columns, dtype=torch.int8)
         self._scale = weight.new_empty(self.out_features, dtype=torch.bfloat16)
         for some in _runs(self.out_features, columns * 4):
             rows = weight[some].float() if offset is None else weight[some].float() - offset
             scale = _finite(rows.abs().amax(1) / 127).bfloat16()
-            values = (rows / scale.float().clamp(min=TINY).unsqueeze(1)).round_().clamp_(-127, 127)
-            self._scale[some], self._values[some, : self.in_features] = scale, values
+            scaled = (rows / scale.float().clamp(min=TINY).unsqueeze(1)).round_().clamp_(-127, 127)
+            self._scale[some], values[some, : self.in_features] = scale, scaled
+        self._packed = pack_int8(values[:, : self.in_features]) if multiplied else None
+        self._plain: Tensor | None = None
+        if self._packed is None:
+            self._plain = values
+        else:
+            self._scale = self._scale.float()  # as the product wants it
 
     def __call__(self, x: Tensor) -> Tensor:
-        padded = _padded(x, self.in_features, self._values.shape[1])
+        if self._packed is not None:
+            return exact_int8_product(x, self._packed, self._scale)
+        plain = cast(Tensor, self._plain)
+        padded = _padded(x, self.in_features, plain.shape[1])
         if x.device.type == "cpu" and len(x) <= INT8_FEW_ROWS:
-            y = cast(Tensor, torch.ops.aten._weight_int8pack_mm(padded, self._values, self._scale))
+            y = cast(Tensor, torch.ops.aten._weight_int8pack_mm(padded, plain, self._scale))
         else:
-            y = _by_blocks(padded, self._values).mul_(self._scale)
+            y = _by_blocks(padded, plain).mul_(self._scale)
         return y.to(x.dtype)
 
     def lookup(self, ids: Tensor) -> Tensor:
-        return self._values[ids, : self.in_features] * self._scale[ids, None].float()
+        scale = self._scale[ids, None].float()
+        if self._packed is not None:
+            return self._packed.lookup(ids) * scale
+        return cast(Tensor, self._plain)[ids, : self.in_features] * scale
 
     def dequantised(self) -> Tensor:
-        return self._values[:, : self.in_features] * self._scale[:, None].float()
+        return self.lookup(torch.arange(self.out_features))
 
 
 @final
@@ -243,7 +259,7 @@ def _pack(values: Tensor) -> Tensor:
 class Table:
     """One row per token, (vocabulary, d_model), held once for both ends of a model.
 
-    Int8 holds what is left after the mean row, and the mean row in fp32: the kernel rounds its sums to bf16,
+    Int8 holds what is left after the mean row, and the mean row in fp32: torch's kernel rounds its sums to bf16,
     and logits that have much in common (GPT-2's lie around -100, where bf16 has steps of 0.5) would lose what
     tells them apart.
     """
@@ -258,8 +274,10 @@ class Table:
 
     def project(self, x: Tensor) -> Tensor:
         """x @ table.T for x (rows, d_model): logits (rows, vocabulary) in fp32."""
-        y = self._rows(x).float()
-        return y if self._mean is None else y + torch.mv(x.float(), self._mean).unsqueeze(1)
+        if self._mean is None:
+            return self._rows(x).float()
+        x = x.float()  # and so the sums are not rounded to a narrower dtype
+        return self._rows(x).add_(torch.mv(x, self._mean).unsqueeze(1))
 
     @property
     def num_bytes(self) -> int:
@@ -267,13 +285,14 @@ class Table:
         return self._rows.num_bytes + (0 if self._mean is None else self._mean.nbytes)
 
 
-def table_of(weight: Tensor, form: Weights, dtype: torch.dtype) -> Table:
-    """A table with its own copy of weight (vocabulary, d_model); int8 also where the layers are int4."""
+def table_of(weight: Tensor, form: Weights, dtype: torch.dtype, multiplied: bool = True) -> Table:
+    """A table with its own copy of weight (vocabulary, d_model); int8 also where the layers are int4. Without
+    `multiplied` it is only looked up in."""
     if form is Weights.FULL:
-        return Table(Full(weight, dtype), None, dtype)
+        return Table(Full(weight, dtype, multiplied), None, dtype)
     sums = [weight[some].float().sum(0) for some in _runs(len(weight), weight.shape[1] * 4)]
     mean = torch.stack(sums).sum(0) / len(weight)
-    return Table(Int8(weight, mean), mean, dtype)
+    return Table(Int8(weight, mean, multiplied), mean, dtype)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -288,17 +307,6 @@ def _has_fast_product(dtype: torch.dtype) -> bool:
     onednn = torch.ops.mkldnn
     bf16 = dtype is torch.bfloat16
     return bool(onednn._is_mkldnn_bf16_supported() if bf16 else onednn._is_mkldnn_fp16_supported())
-
-
-@cache
-def _has_onednn_linear() -> bool:
-    """Tried out, for the operator is torch's own business and may be missing or refuse transposed weights."""
-    x, stored = torch.ones(2, 3), torch.arange(12.0).view(3, 4)
-    try:
-        y = torch.ops.mkldnn._linear_pointwise(x, stored.t(), None, "none", [], "")
-    except (AttributeError, RuntimeError):
-        return False
-    return torch.equal(y, torch.mm(x, stored))
 
 
 def _by_blocks(x: Tensor, weight: Tensor) -> Tensor:

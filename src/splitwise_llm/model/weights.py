@@ -145,20 +145,20 @@ class Resident:
         if names.positions:
             positions = torch.empty(spec.max_context, spec.d_model, dtype=self._torch_dtype)
             self.checkpoint.copy_slice(names.positions, tuple(positions.shape), 0, 0, positions)
-        return EmbeddingWeights(self._table(names.embed), _to(positions, self.device))
+        return EmbeddingWeights(self._table(names.embed, self._is_tied), _to(positions, self.device))
 
     def _head(self) -> HeadWeights:
         names = self.architecture.names
-        table = self._table(names.head or names.embed)
+        table = self._table(names.head or names.embed, multiplied=True)
         return HeadWeights(self._norm(names.final_norm), table)
 
-    def _table(self, name: str) -> Table:
+    def _table(self, name: str, multiplied: bool) -> Table:
         def read() -> Table:
             spec = self.architecture.spec
             rows = torch.empty(spec.vocab_size, spec.d_model, dtype=self._torch_dtype)
             self.checkpoint.copy_slice(name, tuple(rows.shape), 0, 0, rows)
             form = Weights.FULL if self.weights is Weights.FULL else Weights.INT8
-            return table_of(rows.to(self.device), form, self._torch_dtype)
+            return table_of(rows.to(self.device), form, self._torch_dtype, multiplied)
 
         return self._once(("table", 0, ()), read) if self._is_tied else read()
 
