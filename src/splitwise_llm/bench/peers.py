@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from splitwise_llm.bench.figures import Figures, interleaved, ratios
 from splitwise_llm.bench.overhead import NO_WORDS, Tell
@@ -289,6 +289,12 @@ class _Pair:
         return await _theirs(self.near, prompt, tokens, self.their_line)
 
 
+class Killable(Protocol):
+    """A process that can be ended without a good-bye."""
+
+    def kill(self) -> int: ...
+
+
 async def _links(result: Figures, pair: _Pair) -> None:
     options, prompt = pair.setup.options, pair.setup.prompt(SHORT_TOKENS)
     runs: dict[str, Callable[[], Awaitable[Taken]]] = {}
@@ -327,7 +333,7 @@ async def _kill(result: Figures, pair: _Pair, cloud: Host, far: Program) -> None
     result.add("tokens_after_kill_llamacpp", theirs, f"of {total - at}; {error}" if error else f"of {total - at}")
 
 
-def after_kill(tokens: Iterable[int], far: Program, at: int) -> tuple[int, str]:
+def after_kill(tokens: Iterable[int], far: Killable, at: int) -> tuple[int, str]:
     """Kill the far process once `at` tokens are there; how many come then, and why not more."""
     count = 0
     try:
