@@ -94,6 +94,8 @@ def explanation(called: str, decision: Decision, observation: Observation, names
     world, job = observation.world, observation.job
     conditions = world.conditions(observation.loads)
     yield f"  predicted: {_price(price(world, decision, job, conditions))}"
+    for without, plain in _without(decision):
+        yield f"  {without}: {_price(price(world, plain, job, conditions))}{_right(world) if decision.draft else ''}"
     other = _fastest_other(world, decision, observation)
     if other is None:
         yield "  no other partition is admissible"
@@ -118,10 +120,12 @@ def move(called: str, decision: Decision, observation: Observation, names: Seque
     placement = observation.placement
     assert placement is not None
     present = placement.decision
-    moves = decision != present
+    moves = replace(decision, draft=present.draft) != present
     told = f"{called} {'moves to' if moves else 'stays on'} {_decision(decision, names)}"
+    if not moves and decision.draft != present.draft:
+        told += f" instead of {_drafts(present.draft)}"
     running = Running.of(observation) if observation.world else None
-    rest = f": {_rest(running, decision)}" if running and not moves else ""
+    rest = f": {_rest(running, decision)}{_right(running.world)}" if running and not moves else ""
     yield f"token {placement.tokens_out}, {observation.waited_s:.1f} s, {_WHY[observation.occasion]}: {told}{rest}"
     if not moves:
         return
@@ -188,10 +192,28 @@ def _fastest_other(world: World, decision: Decision, observation: Observation) -
 
 
 def _decision(decision: Decision, names: Sequence[str]) -> str:
+    drafts = f", {_drafts(decision.draft)}" if decision.draft else ""
     if len(decision.partition.machines) == 1:
-        return decision.partition.text(names)
+        return decision.partition.text(names) + drafts
     chunks = f"chunks of {decision.prefill_chunk}" if decision.prefill_chunk else "the prompt at once"
-    return f"{decision.partition.text(names)}, {decision.wire} on the wire, {chunks}"
+    return f"{decision.partition.text(names)}, {decision.wire} on the wire, {chunks}{drafts}"
+
+
+def _drafts(draft: int) -> str:
+    return f"up to {draft} drafted tokens a step" if draft else "no drafts"
+
+
+def _right(world: World) -> str:
+    """How often drafted tokens are taken to be right, as last seen."""
+    return f" (a drafted token is right in {100 * world.drafter.acceptance:.0f} % of cases)"
+
+
+def _without(decision: Decision) -> Iterator[tuple[str, Decision]]:
+    """The same partition without each tool that was chosen: what the tool is worth is the difference."""
+    if decision.draft:
+        yield "without drafts", replace(decision, draft=0)
+    if decision.prefill_chunk is not None:
+        yield "with the prompt at once", replace(decision, prefill_chunk=None)
 
 
 def _price(one: Price) -> str:

@@ -38,6 +38,7 @@ from splitwise_llm.spec import Dtype, Weights, find_device
 
 if TYPE_CHECKING:
     from splitwise_llm.engine.backoff import RecoveryRules
+    from splitwise_llm.engine.drafting import Draft
     from splitwise_llm.engine.edge import Edge
     from splitwise_llm.engine.generation import Generation
     from splitwise_llm.records import RequestRecord
@@ -62,6 +63,15 @@ def generate(
     chunk: Annotated[
         int | None, typer.Option(min=0, help="Prompt positions per prefill chunk; 0: all at once.")
     ] = None,
+    draft: Annotated[
+        str,
+        typer.Option(
+            help="Who proposes tokens, so that one round trip brings several: ngram, a smaller MODEL of the same "
+            "tokenizer, auto (ngram as far as it pays), off.",
+            show_default="off; with --policy as it says",
+        ),
+    ] = "",
+    draft_tokens: Annotated[int, typer.Option(help="Proposed at a time, at most.")] = 8,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many.")] = 64,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0: all.")] = 0,
@@ -117,7 +127,7 @@ def generate(
         "patience": None if patience is None else str(patience),
         "shadow": shadow, "give_up": str(give_up), "dtype": dtype, "weights": weights, "threads": threads,
         "memory": memory, "emulate": _absolute(emulate), "profile": _absolute(profile),
-        "tls": _absolute(str(tls)) if tls else "",
+        "tls": _absolute(str(tls)) if tls else "", "draft": _absolute(draft), "draft_tokens": draft_tokens,
     }  # fmt: skip
     asked = _Asked(json.loads(json.dumps(said)), explain)
     text = read_prompt(prompt)
@@ -128,7 +138,7 @@ def generate(
             generation = edge.generate(
                 text, asked.decides(edge), max_new_tokens=max_new_tokens, sampling=sampling,
                 loss=ElementLoss(loss, seed), called=policy, limits=asked.limits, tools=asked.tools, rules=asked.rules,
-                journal=journal, options=asked.said,
+                journal=journal, options=asked.said, draft=asked.draft,
             )  # fmt: skip
             await _show(generation, asked, json_file, quiet)
             if warning := edge.machine.emulation_warning:
@@ -177,7 +187,7 @@ def resume(
         with asked.edge() as edge:
             generation = edge.resume(
                 journal, asked.decides(edge), called=asked.policy_name, limits=asked.limits, tools=asked.tools,
-                rules=asked.rules,
+                rules=asked.rules, draft=asked.draft,
             )  # fmt: skip
             print(generation.certain, end="", flush=True)
             await _show(generation, asked, json_file, quiet)
@@ -200,11 +210,19 @@ class _Asked:
 
     @property
     def tools(self) -> Tools | None:
-        from splitwise_llm.engine.survey import LOSSLESS, LOSSY
+        from splitwise_llm.engine.survey import DRAFTS, LOSSLESS, LOSSY
 
         if not self.said["allow_lossy"]:
             return None
-        return Tools((LOSSLESS[Dtype(self.said["dtype"])], *LOSSY), EVERYTHING.chunks)
+        return Tools((LOSSLESS[Dtype(self.said["dtype"])], *LOSSY), EVERYTHING.chunks, DRAFTS)
+
+    @property
+    def draft(self) -> Draft | None:
+        """Who proposes tokens; None where nothing was said. Raises RequestError."""
+        from splitwise_llm.engine.drafting import Draft
+
+        text = self.said.get("draft", "")
+        return Draft.parse(text, self.said["draft_tokens"]) if text else None
 
     @property
     def rules(self) -> RecoveryRules:
@@ -250,7 +268,9 @@ class _Asked:
         patience = None if said["patience"] is None else float(said["patience"])  # as text: JSON has no infinity
         if self._policy is None:
             partition = edge.partition(said["partition"] or "all:edge")
-            decision = Decision(partition, self._wire, said["chunk"] or None, shadow=said["shadow"])
+            draft = self.draft
+            most = draft.most if draft and draft.by != "off" else 0
+            decision = Decision(partition, self._wire, said["chunk"] or None, most, shadow=said["shadow"])
             if patience is not None:
                 decision = replace(decision, patience=patience)
             decides: Policy = Always(decision)

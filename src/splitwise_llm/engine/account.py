@@ -40,6 +40,11 @@ class Run:
         return self.post.extent
 
     @property
+    def certain(self) -> int:
+        """Positions computed whose ids are known to be right."""
+        return self.extent.known + max(len(self.depths) - 1, 0)
+
+    @property
     def loop_machine(self) -> int:
         """Who runs the token loop."""
         return self.post.plan.loop_machine

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from splitwise_llm.cost import Job, Limits, World, moving_from, obstacle, price
 from splitwise_llm.decision import Decision
+from splitwise_llm.engine.drafting import Drafting
 from splitwise_llm.engine.greeting import ECHOES, Greeted
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.meters import battery_share
@@ -60,6 +61,8 @@ class Controller:
     tools: Tools | None
     fits: Callable[[Partition], bool]
     """Whether the device has room for its part of a partition."""
+    drafting: Drafting | None = None
+    """Who proposes tokens on the device."""
     greeted: dict[int, Greeted] = field(default_factory=dict)
     impossible: set[Partition] = field(default_factory=set)
     """What machines have said that they cannot run."""
@@ -108,8 +111,9 @@ class Controller:
     ) -> Observation:
         """What the policy is shown now."""
         self._survey = Survey(
-            self.machine, self.names, self.greeted, self.rates, self.direct, self.figures, self.adverts, self.joined
-        )
+            self.machine, self.names, self.greeted, self.rates, self.direct, self.figures, self.adverts,
+            self.drafting.as_priced if self.drafting else None, self.joined,
+        )  # fmt: skip
         limits = replace(self.limits, unreachable=self.limits.unreachable | unreachable)
         seen = self._survey.observe(self.request, limits, self.tools)
         world = seen.world
@@ -265,6 +269,28 @@ class Controller:
     def stuck_s(self, decision: Decision, extent: Extent) -> float:
         """After which silence of a run something must be wrong, whatever its machines say."""
         return max(STUCK_S, STUCK_STEPS * self.step_s(decision, extent))
+
+    def most_drafted(self, decision: Decision) -> int:
+        """The longest draft that may be wanted while a decision runs."""
+        if self.drafting is None:
+            return 0
+        return max(decision.draft, *(self._seen.tools.drafts if self._seen and self.is_asked_again else (0,)))
+
+    def begin_drafting(self, decision: Decision) -> Drafting | None:
+        """Who proposes in a run of this decision."""
+        if self.drafting is not None:
+            self.drafting.most = decision.draft
+            self.drafting.pace.begin(*self.round_s(decision))
+        return self.drafting
+
+    def round_s(self, decision: Decision) -> tuple[float | None, float | None]:
+        """A step without drafts, and what each drafted token adds to it; None where a machine is not profiled."""
+        seen, most = self._seen, 4
+        if seen is None or seen.world is None:
+            return None, None
+        conditions = seen.world.conditions(seen.loads)
+        plain, drafted = (price(seen.world, replace(decision, draft=k), seen.job, conditions).tpot_s for k in (0, most))
+        return plain, max(drafted * seen.world.drafter.tokens_per_round(most) - plain, 0.0) / most
 
     def token_s(self, decision: Decision) -> float:
         """Between later tokens: as predicted, or longer if it has been."""

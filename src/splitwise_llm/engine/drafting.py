@@ -11,10 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
+from splitwise_llm.cost import Drafter as PricedDrafter
 from splitwise_llm.cost import best_draft
 from splitwise_llm.decision import MAX_DRAFT
+from splitwise_llm.errors import RequestError
+from splitwise_llm.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,27 @@ RETRY_ROUNDS, RETRY_MOST = 8, 128
 
 LONGEST, SHORTEST = 5, 1
 """Ids that must have occurred before in a row; the longest match is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a session is asked to draft with."""
+
+    by: str = "ngram"
+    """`off`; `ngram`, lookup in the text so far; or the directory, name or hub id of a smaller model."""
+    most: int = 8
+    """Tokens before each verifying step."""
+    is_free: bool = True
+    """Whether not to draft is one of the choices where it does not pay."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.most <= MAX_DRAFT:
+            raise RequestError(f"{self.most} drafted tokens at most; expected 1 to {MAX_DRAFT}")
+
+    @classmethod
+    def parse(cls, text: str, most: int) -> Self:
+        """From `off`, `auto`, `ngram` or a model. Raises RequestError."""
+        return cls("ngram" if text == "auto" else text, most, is_free=text == "auto")
 
 
 class Drafter(Protocol):
@@ -166,6 +190,9 @@ def _mixed(average: float | None, newest: float) -> float:
     return newest if average is None else (1 - RECENT) * average + RECENT * newest
 
 
+Compute = Callable[[Callable[[], Sequence[int]]], Awaitable[Sequence[int]]]
+
+
 @dataclass(slots=True)
 class Drafting:
     """Who proposes in one session on one machine, and how much of it is verified."""
@@ -175,8 +202,10 @@ class Drafting:
     pace: Pace = field(default_factory=Pace)
     most: int = MAX_DRAFT
     """Tokens that may be verified now; at 0 it is only noted what would have been right."""
-    compute: Callable[[Callable[[], Sequence[int]]], Awaitable[Sequence[int]]] | None = None
+    compute: Compute | None = None
     """Runs what is not light on the thread that computes."""
+    model: ModelSpec | None = None
+    """Of the drafter, if it is a model: so that it can be priced."""
     failed: str = ""
     """Why nothing is proposed any more; empty while it is."""
     proposed: int = 0
@@ -186,6 +215,11 @@ class Drafting:
     """Of a machine that does not hold the session: the ids that came by, as far as they follow each other."""
     _guess: tuple[int, ...] = ()
     _stop: int = 0
+
+    @property
+    def as_priced(self) -> PricedDrafter:
+        """As the cost model knows it."""
+        return PricedDrafter(min(self.pace.effective_acceptance, 0.99), self.model)
 
     async def propose(self, ids: Sequence[int], room: int) -> tuple[int, ...]:
         """The tokens to verify after these, at most `room`. A drafter that fails is done with; what is no id ends a

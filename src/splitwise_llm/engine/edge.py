@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from splitwise_llm.cost import UNLIMITED, Limits
+from splitwise_llm.cost import UNLIMITED, Host, Limits
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.boundaries import Boundaries
+from splitwise_llm.engine.drafting import Compute, Draft, Drafting, Lookup, Pace
 from splitwise_llm.engine.generation import Device, Generation
 from splitwise_llm.engine.hosted import KEPT_BYTES
 from splitwise_llm.engine.journal import Entry, Journal, check, read_journal
@@ -24,6 +25,7 @@ from splitwise_llm.engine.survey import Rates
 from splitwise_llm.engine.walk import GREEDY, NO_LOSS, Choose, Request
 from splitwise_llm.errors import RequestError, Unreachable
 from splitwise_llm.model.checkpoint import Checkpoint, locate
+from splitwise_llm.model.drafter import ModelDrafter
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.tokenizer import Tokenizer
 from splitwise_llm.observation import Always, Policy, Tools
@@ -71,6 +73,7 @@ class Edge:
             raise RequestError("a direct link joins two different workers, and each pair is named once")
         tokenizer = Tokenizer(machine.checkpoint.directory)
         known = dict(self._rates(link, said, pairs) for link, said in (rates or {}).items())
+        self._paces: dict[Draft, Pace] = {}
         self._device = Device(machine, tokenizer, self.names, connect or _nowhere, pairs, known)
 
     def __enter__(self) -> Self:
@@ -120,13 +123,15 @@ class Edge:
         rules: RecoveryRules | None = None,
         journal: Path | None = None,
         options: Mapping[str, object] | None = None,
+        draft: Draft | None = None,
     ) -> Generation:
         """One generation, to be entered as a context and iterated. `policy` may be a partition or its text;
         `choose` replaces sampling, where the head is on the device.
 
         `called` is the policy's name in the record; `limits` what it must respect, `tools` what it may use (None:
         what loses nothing). `rules` say how long a lost worker is waited for and tried again; `journal` is a file that
-        another process can go on from, with `options` for it.
+        another process can go on from, with `options` for it. `draft` says who proposes tokens for several positions to
+        be computed at a time; None: lookup in the text where a policy decides how much of it, else nobody.
 
         Raises UserError now; entering it raises what opening the session meets.
         """
@@ -150,18 +155,21 @@ class Edge:
             weights=self.machine.weights,
             options=dict(options or {}),
         )
+        decides = self._policy(policy, draft)
+        drafting = self._drafting(decides, draft, request)
         kept = Boundaries(spec.d_model, KEPT_BYTES)
         memory = Journal.create(journal, entry, kept) if journal else Journal(entry, kept)
         return Generation(
             self._device,
             memory,
-            self._policy(policy),
+            decides,
             request,
             choose,
             called=called,
             limits=limits,
             tools=tools,
             rules=rules,
+            drafting=drafting,
         )
 
     def resume(
@@ -173,6 +181,7 @@ class Edge:
         limits: Limits = UNLIMITED,
         tools: Tools | None = None,
         rules: RecoveryRules | None = None,
+        draft: Draft | None = None,
     ) -> Generation:
         """Go on with the session of a journal whose process has died, in the same file; workers that still know it
         go on with what they hold. Raises JournalError, UserError."""
@@ -182,18 +191,55 @@ class Edge:
         request = Request(
             len(entry.prompt), entry.max_new_tokens, frozenset(entry.stop_ids), entry.sampling, entry.loss
         )
+        decides = self._policy(policy, draft)
+        drafting = self._drafting(decides, draft, request)
         journal = Journal.continue_from(saved, path, Boundaries(self.machine.spec.d_model, KEPT_BYTES))
         return Generation(
-            self._device, journal, self._policy(policy), request, None, called=called, limits=limits, tools=tools,
-            rules=rules,
+            self._device, journal, decides, request, None, called=called, limits=limits, tools=tools, rules=rules,
+            drafting=drafting,
         )  # fmt: skip
 
-    def _policy(self, policy: Policy | Decision | Partition | str) -> Policy:
+    def _policy(self, policy: Policy | Decision | Partition | str, draft: Draft | None) -> Policy:
         if isinstance(policy, str):
             policy = self.partition(policy)
         if isinstance(policy, Partition):
-            policy = Decision(policy)
+            policy = Decision(policy, draft=draft.most if draft and draft.by != "off" else 0)
         return Always(policy) if isinstance(policy, Decision) else policy
+
+    def _drafting(self, policy: Policy, draft: Draft | None, request: Request) -> Drafting | None:
+        """Who proposes tokens for a session on this device; None: nobody. What was right in earlier texts is what is
+        expected of the next. Raises ModelError, RequestError."""
+        decided = getattr(policy, "policy", policy)
+        if draft is None and isinstance(decided, Always):
+            draft = Draft(most=decided.decision.draft, is_free=False) if decided.decision.draft else None
+        elif draft is None:
+            draft = Draft()
+        if draft is None or draft.by == "off":
+            return None
+        machine, capacity = self.machine, request.prompt_tokens + request.max_new_tokens
+        pace = self._paces.setdefault(draft, Pace(least=0 if draft.is_free else 1))
+        if draft.by == "ngram":
+            return Drafting(Lookup(), machine.spec.vocab_size, pace, draft.most)
+        checkpoint = Checkpoint(locate(draft.by))
+        drafter = ModelDrafter(checkpoint, machine.checkpoint, capacity, request.sampling, machine.dtype)
+        return Drafting(drafter, machine.spec.vocab_size, pace, draft.most, self._on_its_thread(drafter), drafter.spec)
+
+    def _on_its_thread(self, drafter: ModelDrafter) -> Compute:
+        """Runs a drafting model between the pieces of the large one; an emulated device takes its time for it, too."""
+
+        async def compute(work: Callable[[], Sequence[int]]) -> Sequence[int]:
+            made: list[int] = []
+
+            def predicted(device: DeviceSpec) -> float:
+                return len(made) * Host(device, self.machine.dtype).model_s(drafter.spec, 1, drafter.num_cached)
+
+            def noted() -> Sequence[int]:
+                made.extend(work())
+                return made
+
+            return (await self.machine.compute(noted, predicted)).value
+
+        return compute
 
 
 async def _nowhere(name: str) -> Link:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -23,6 +23,7 @@ from splitwise_llm.engine.admission import Admission
 from splitwise_llm.engine.background import Background
 from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.controller import Controller
+from splitwise_llm.engine.drafting import Drafting
 from splitwise_llm.engine.failover import Failover
 from splitwise_llm.engine.filling import Filling
 from splitwise_llm.engine.halting import Halting
@@ -97,6 +98,7 @@ class Generation:
         limits: Limits = UNLIMITED,
         tools: Tools | None = None,
         rules: RecoveryRules | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         self._device, self._journal, self._request, self._choose = device, journal, request, choose
         rules = rules or RecoveryRules()
@@ -107,8 +109,9 @@ class Generation:
         )
         direct = frozenset((min(pair), max(pair)) for pair in device.direct)
         self._controller = Controller(
-            device.machine, device.names, dict(device.rates), direct, policy, request, limits, tools, self._shares.fits
-        )
+            device.machine, device.names, dict(device.rates), direct, policy, request, limits, tools, self._shares.fits,
+            drafting,
+        )  # fmt: skip
         self._tokens: asyncio.Queue[Token | None] = asyncio.Queue()
         self._stream = TextStream(device.tokenizer)
         self.certain = "".join(self._stream.push(token) for token in journal.tokens)
@@ -321,7 +324,7 @@ class Generation:
         start = await filling.fill(decision) if known > 1 and not (first and self._is_fresh) else 0
         extent = Extent(filling.next_run(), start, known, self._request.max_new_tokens - self._tokens_out)
         direct = filling.direct(decision.partition)
-        plan = plans.compile(decision, self._device.machine.spec, len(names), direct)
+        plan = self._plan(decision, direct)
         share = await self._shares.begin(decision.partition, start)
         self._journal.boundaries.truncate(known)
         workers = tuple(n for n in decision.partition.machines if n != DEVICE)
@@ -329,13 +332,16 @@ class Generation:
         walker = Walker(
             plan, self._request, share, self._device.machine, post, ids=self.ids, on_token=self._take,
             choose=self._choose, kept=self._journal.boundaries, taps=self._taps(decision.partition),
+            drafting=self._controller.begin_drafting(decision) if plan.loop_machine == DEVICE else None,
         )  # fmt: skip
         post.keep = walker.keep
         run = Run(decision, walker, post, workers, time.monotonic() - self._account.start_s, why)
         filling.wires.add(decision.wire)
         self._note_precision(decision)
         text = decision.partition.text(names)
-        self._journal.decide(Decided(extent.run, text, decision.wire, decision.prefill_chunk, start, why))
+        self._journal.decide(
+            Decided(extent.run, text, decision.wire, decision.prefill_chunk, start, why, draft=decision.draft)
+        )
         self._halting.is_due.clear()
         await self._office.open(post)
         begun = [self._peers[n].answer(Begun, extent.run) for n in workers]
@@ -346,6 +352,15 @@ class Generation:
         self._runs.append(run)
         self._moving.before = None
         return run
+
+    def _plan(self, decision: Decision, direct: Iterable[tuple[int, int]]) -> plans.Plan:
+        """Of a run. Where the loop is here, it leaves room for as many drafted tokens as may ever be wanted: so that
+        another length is no other run."""
+        spec, count = self._device.machine.spec, len(self._device.names)
+        plan = plans.compile(decision, spec, count, direct)
+        if plan.loop_machine != DEVICE:
+            return plan
+        return plans.compile(replace(decision, draft=self._controller.most_drafted(decision)), spec, count, direct)
 
     def _taps(self, partition: Partition) -> tuple[int, ...]:
         """Where the device, while it does the work of others, keeps the stream that it would send them: so that nothing

@@ -20,7 +20,7 @@ from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.peer import Peer
 from splitwise_llm.engine.post import Office
 from splitwise_llm.errors import LinkDied, PeerError, SplitwiseError
-from splitwise_llm.plan import DEVICE, Kind
+from splitwise_llm.plan import DEVICE, TOKEN_ID_BYTES, Kind
 from splitwise_llm.wire import messages
 from splitwise_llm.wire.messages import Halt, Halted
 
@@ -63,6 +63,7 @@ class Halting:
             for task in (walking, halting):
                 task.cancel()
             await asyncio.gather(walking, halting, return_exceptions=True)
+        await self._forget_drafts(run)
         if run.ended:
             await self._leave_behind(run)
             return
@@ -95,7 +96,7 @@ class Halting:
             return answered
         await asking
         halted, _ = run.halted[run.loop_machine]
-        sent = sum(c.count for c in halted.crossed if c.kind is Kind.TOKEN)
+        sent = sum(c.payload_bytes for c in halted.crossed if c.kind is Kind.TOKEN) // TOKEN_ID_BYTES
         while len(run.depths) < sent and not walking.done():
             self.came.clear()
             taking = asyncio.ensure_future(self.came.wait())
@@ -133,9 +134,17 @@ class Halting:
             await work
 
     async def _ask_halt(self, run: Run, number: int, at_once: bool = False) -> None:
-        answer, payload = await self.peers[number].ask(Halt(run.extent.run, at_once), Halted, run.extent.run)
+        keep = -1 if number == run.loop_machine else run.certain
+        halt = Halt(run.extent.run, at_once, keep if run.post.plan.decision.draft else -1)
+        answer, payload = await self.peers[number].ask(halt, Halted, run.extent.run)
         if isinstance(answer, Halted):
             run.halted[number] = answer, messages.unpack_intervals(payload)
+
+    async def _forget_drafts(self, run: Run) -> None:
+        """What was drafted last and not accepted is in no cache any more."""
+        if run.post.plan.decision.draft and run.walker.kept is not None:
+            await self.machine.compute(lambda: run.walker.share.cut(run.certain))
+            run.walker.kept.truncate(run.certain)
 
     async def _collect(self, run: Run) -> None:
         """What every worker counted; the sum is the plan's. Raises PeerError, BrokenInvariant."""
@@ -149,6 +158,7 @@ class Halting:
         """A run has failed. Those of its machines that are there end it at once, and say what they hold."""
         run.ended = str(error)
         await self.machine.settle()
+        await self._forget_drafts(run)
         left = [n for n in run.workers if n not in run.halted and self.peers[n].is_up]
         with suppress(TimeoutError):
             async with asyncio.timeout(self.rules.limit_s(0.0)):

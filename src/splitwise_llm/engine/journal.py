@@ -83,6 +83,7 @@ class Decided(_Record, frozen=True, tag="decision"):
     """The first that it computes; all before are filled."""
     why: str = ""
     at_s: _Seconds = 0.0
+    draft: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Event(_Record, frozen=True, tag="event"):

@@ -87,10 +87,17 @@ class Moving:
             decision = await self._ask(occasion)
             if decision is None or self.halting.current is not run or not self.is_still:
                 continue
-            if decision != self.decision:
+            if self._is_another(decision):
                 self.background.start("move", self._move(decision, occasion))
-            else:  # the same plan, perhaps with another patience
+            else:  # perhaps with another patience, or another length of drafts
                 self.decision = decision
+                if self.controller.drafting is not None:
+                    self.controller.drafting.most = decision.draft
+
+    def _is_another(self, decision: Decision) -> bool:
+        """Whether it takes another run. Another length of drafts does not: where the loop is here it is heeded at the
+        next step, and elsewhere the loop sees to it itself."""
+        return replace(decision, draft=self.decision.draft) != self.decision
 
     async def _ask(self, occasion: Occasion) -> Decision | None:
         """What the policy wants now; None, and an event, for what may not be."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from splitwise_llm.cost import UNLIMITED, Host, Limits, Load, World
+from splitwise_llm.cost import UNLIMITED, Drafter, Host, Limits, Load, World
 from splitwise_llm.decision import WirePrecision
 from splitwise_llm.engine.greeting import Greeted
 from splitwise_llm.engine.machine import Machine
@@ -28,6 +28,8 @@ Pair = tuple[int, int]
 LOSSLESS = {
     Dtype.FP32: WirePrecision.FP32, Dtype.BF16: WirePrecision.BF16, Dtype.FP16: WirePrecision.FP16,
 }  # fmt: skip
+DRAFTS = (0, 1, 2, 4)
+"""Lengths that a policy may choose between; what is verified in a round may be less."""
 LOSSY = (WirePrecision.INT8, WirePrecision.INT4)
 
 
@@ -85,6 +87,8 @@ class Survey:
     """Of links to workers, where they are measured as they are used."""
     adverts: Mapping[int, Advert] = field(default_factory=dict)
     """What workers said of themselves last."""
+    drafter: Drafter | None = None
+    """Who proposes tokens here, and how often they were right; None: nobody."""
     joined: frozenset[int] = frozenset()
     """Workers at which this session is open, and so among those that they count."""
 
@@ -106,10 +110,14 @@ class Survey:
             world=self._world(),
             loads={number: Load(slow=slow, batch=slow) for number, slow in loads.items()},
             limits=replace(limits, unreachable=limits.unreachable | missing),
-            tools=tools or Tools((self._lossless(),), EVERYTHING.chunks),
+            tools=self._tools(tools),
             cautious=self._world(cautious=True) if self.figures else None,
             ages_s={(DEVICE, n): Ages(one.rtt_age_s, one.up_age_s, one.down_age_s) for n, one in self.figures.items()},
         )
+
+    def _tools(self, tools: Tools | None) -> Tools:
+        tools = tools or Tools((self._lossless(),), EVERYTHING.chunks, DRAFTS)
+        return tools if self.drafter else replace(tools, drafts=(0,))
 
     def _others(self, number: int) -> int:
         """Sessions of others at a worker."""
@@ -161,7 +169,7 @@ class Survey:
             links[DEVICE, number] = one.pessimistic if cautious else one.fast
         for a, b in sorted(self.direct):
             links[a, b] = self._link((a, b), max(self._rtt_s(a), self._rtt_s(b)))
-        return World(self.machine.spec, known, links)
+        return World(self.machine.spec, known, links, drafter=self.drafter or Drafter(0.0))
 
     def _host(self, number: int) -> Host | None:
         """A machine as it is priced, by the name it has here; one that did not answer is in nobody's reach, so any

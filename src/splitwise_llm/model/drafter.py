@@ -44,6 +44,11 @@ class ModelDrafter:
         self._cached: list[int] = []
         """The ids whose keys and values there are."""
 
+    @property
+    def num_cached(self) -> int:
+        """Positions that its cache holds."""
+        return len(self._cached)
+
     @torch.inference_mode()
     def propose(self, ids: Sequence[int], most: int) -> Sequence[int]:
         """At most so many ids that may follow; none once the text is longer than this model's context."""
