@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from splitwise_llm.bench.peers import after_kill, fastest, same_share
+from splitwise_llm.bench.peers import TINYLLAMA, after_kill, check_room, fastest, same_share, weight_bytes
 from splitwise_llm.bench.peers_gguf import ALIGNMENT, PARTS, interleaved_heads, write_gguf
 from splitwise_llm.bench.peers_llamacpp import Binaries, Taken, half_remote, parse_events, quantised, server, take
 from splitwise_llm.bench.random_models import make_model
-from splitwise_llm.errors import LinkDied, ModelError, UserError, WorkerFailed
+from splitwise_llm.errors import LinkDied, MemoryTooSmall, ModelError, UserError, WorkerFailed
 
 GROUPED = {
     "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 8,
@@ -245,6 +245,15 @@ def test_a_quantiser_that_fails_says_why_and_leaves_no_half_file(tmp_path: Path)
     with pytest.raises(WorkerFailed, match="Q4_0 ended with 3: unknown type"):
         quantised(binaries, source, "Q4_0")
     assert sorted(os.listdir(tmp_path)) == ["bin", "model.gguf"]
+
+
+def test_what_does_not_fit_is_refused_before_it_is_made() -> None:
+    assert weight_bytes(TINYLLAMA) == pytest.approx(4 * 1.1e9, rel=1e-3), "it is called 1.1 B"
+    check_room(10**9, 3 * 10**9, 5 * 10**9)
+    with pytest.raises(MemoryTooSmall, match=r"2\.6.*of memory and 2.*--quick"):
+        check_room(10**9, 2 * 10**9, 5 * 10**9)
+    with pytest.raises(UserError, match=r"on disk.*--folder"):
+        check_room(10**9, 3 * 10**9, 3 * 10**9)
 
 
 def test_times_and_bytes_per_token_leave_out_what_is_done_once() -> None:

@@ -10,16 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import math
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -41,10 +38,12 @@ from splitwise_llm.bench.peers_llamacpp import (
 from splitwise_llm.bench.random_models import make_model
 from splitwise_llm.bench.rig import Host, Line
 from splitwise_llm.decision import Decision
+from splitwise_llm.engine.drafting import Draft
 from splitwise_llm.engine.edge import Edge, edge_with
 from splitwise_llm.engine.memory import available_memory_bytes
 from splitwise_llm.engine.survey import LOSSLESS
-from splitwise_llm.errors import LinkDied, MemoryTooSmall, UserError, WorkerFailed
+from splitwise_llm.engine.walk import Choose
+from splitwise_llm.errors import LinkDied, MemoryTooSmall, UserError
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.tokenizer import Tokenizer
 from splitwise_llm.spec import Dtype, ModelSpec, Weights
@@ -57,12 +56,24 @@ TINYLLAMA: Mapping[str, Any] = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 QUICK_LAYERS = 4
-PROMPT_TOKENS, SHORT_TOKENS = 128, 16
+PROMPT_TOKENS, SHORT_TOKENS, SHORT_TEXT = 128, 16, 96
 RTTS_MS = (1, 20, 80)
 RATE = "20mbit"
 PARTS = ("local", "link", "kill", "draft")
-MEMORY_SHARE, DISK_SHARE = 2.6, 3.0
-"""Of the fp32 weights: both programs hold them once; beside the model lie the same as GGUF and in four formats."""
+MEMORY_SHARE, DISK_SHARE = 2.6, 4.0
+"""Of the fp32 weights: both programs hold them once; the model lies there as it is, as GGUF, and in four formats."""
+
+
+TEXT_TOKENS = 48
+DRAFT = Draft("ngram", 8, is_free=True)
+"""As `--draft auto`: lookup in the text so far, as far as it pays."""
+THEIR_WAYS: Mapping[str, tuple[str, ...]] = {
+    "plain": (),
+    "drafted": (
+        "--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", "3", "--spec-ngram-simple-size-m", "8",
+    ),
+}  # fmt: skip
+"""llama.cpp without drafting, and with its own lookup (as it comes it looks for 12 ids in a row; prose has none)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,27 +139,38 @@ async def run_peers(options: PeersOptions, tell: Tell) -> Figures:
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
-        tell(f"making a random Llama of TinyLlama's shape, {layers} layers, and the same as GGUF")
-        model = make_model(Path(place) / "model", {**TINYLLAMA, "num_hidden_layers": layers})
-        gc.collect()
-        (model / "tokenizer.json").write_text(NO_WORDS)
-        _check_room(model)
-        gguf = Path(place) / "model.gguf"
-        write_gguf(model, gguf)
-        setup = _Setup(options, binaries, model, gguf, Checkpoint(model).architecture.spec, tell)
-        if "local" in options.parts:
-            for one in FORMATS:
-                await _local(result, setup, one)
-        if {"link", "kill"} & {*options.parts}:
-            await _across(result, setup)
+        if {*options.parts} - {"draft"}:
+            setup = _setup(options, binaries, Path(place), {**TINYLLAMA, "num_hidden_layers": layers}, tell)
+            if "local" in options.parts:
+                for one in FORMATS:
+                    await _local(result, setup, one)
+            if {"link", "kill"} & {*options.parts}:
+                await _across(result, setup)
         if "draft" in options.parts:
-            await _drafted(result, setup, Path(place))
+            await _drafted(result, options, binaries, Path(place), tell)
     return result
 
 
-def _check_room(model: Path) -> None:
-    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    memory, disk = available_memory_bytes(), shutil.disk_usage(model).free
+def _setup(options: PeersOptions, binaries: Binaries, place: Path, config: Mapping[str, Any], tell: Tell) -> _Setup:
+    check_room(weight_bytes(config), available_memory_bytes(), shutil.disk_usage(place).free)
+    tell(f"making a random Llama of TinyLlama's shape, {config['num_hidden_layers']} layers, and the same as GGUF")
+    model, gguf = make_model(place / "model", config), place / "model.gguf"
+    gc.collect()
+    (model / "tokenizer.json").write_text(NO_WORDS)
+    write_gguf(model, gguf)
+    return _Setup(options, binaries, model, gguf, Checkpoint(model).architecture.spec, tell)
+
+
+def weight_bytes(config: Mapping[str, Any]) -> int:
+    """Of an untied Llama in fp32, norms apart."""
+    width, heads, groups = (config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    attention = 2 * width * width + 2 * width * width * groups // heads
+    layer = attention + 3 * width * config["intermediate_size"]
+    return 4 * int(config["num_hidden_layers"] * layer + 2 * config["vocab_size"] * width)
+
+
+def check_room(weights: int, memory: int, disk: int) -> None:
+    """Bytes of weights against what is free. Raises MemoryTooSmall, UserError."""
     if memory < MEMORY_SHARE * weights:
         raise MemoryTooSmall(
             f"{show_bytes(weights)} of weights, held by both programs, need {show_bytes(int(MEMORY_SHARE * weights))} "
@@ -156,22 +178,25 @@ def _check_room(model: Path) -> None:
         )
     if disk < DISK_SHARE * weights:
         raise UserError(
-            f"the models need {show_bytes(int(DISK_SHARE * weights))} more on disk and {show_bytes(disk)} are free; "
-            "--quick takes fewer layers, --folder another place"
+            f"the models need {show_bytes(int(DISK_SHARE * weights))} on disk and {show_bytes(disk)} are free; --quick "
+            "takes fewer layers, --folder another place"
         )
 
 
-async def _ours(edge: Edge, decision: Decision | str, prompt: Sequence[int], tokens: int, line: Line | None) -> Taken:
-    ids: list[int] = []
+async def _ours(
+    edge: Edge, decision: Decision | str, prompt: Sequence[int], tokens: int, line: Line | None = None, *,
+    draft: Draft | None = None, choose: Choose | None = None,
+) -> Taken:  # fmt: skip
     carried: list[int] = []
-    async with edge.generate(prompt, decision, max_new_tokens=tokens, stop_ids=()) as generation:
-        async for token in generation:
-            ids.append(token.id)
+    asked = edge.generate(prompt, decision, max_new_tokens=tokens, stop_ids=(), draft=draft, choose=choose)
+    async with asked as generation:
+        async for _ in generation:
             carried.append(line.carried_bytes if line else 0)
-    return Taken(tuple(ids), generation.record.token_times_s, tuple(carried))
+    record = generation.record
+    return Taken(record.token_ids, record.token_times_s, tuple(carried))
 
 
-async def _theirs(program: Program, prompt: Sequence[int], tokens: int, line: Line | None) -> Taken:
+async def _theirs(program: Program, prompt: Sequence[int], tokens: int, line: Line | None = None) -> Taken:
     carried = partial(getattr, line, "carried_bytes") if line else (lambda: 0)
     return await asyncio.to_thread(lambda: take(program.completion(prompt, tokens), carried))
 
@@ -211,11 +236,11 @@ async def _local(result: Figures, setup: _Setup, form: Format) -> None:
     with contextlib.ExitStack() as stack:
         runs: dict[str, Callable[[], Awaitable[Taken]]] = {}
         edge = stack.enter_context(setup.edge({}, form))
-        runs["ours"] = partial(_ours, edge, "all:edge", prompt, options.tokens, None)
+        runs["ours"] = partial(_ours, edge, "all:edge", prompt, options.tokens)
         for kind in form.theirs:
             file = await asyncio.to_thread(quantised, setup.binaries, setup.gguf, kind)
             program = stack.enter_context(server(setup.binaries, file, options.threads))
-            runs[kind] = partial(_theirs, program, prompt, options.tokens, None)
+            runs[kind] = partial(_theirs, program, prompt, options.tokens)
         taken = await _rounds(runs, options.rounds, setup.tell)
     del edge, runs
     gc.collect()
@@ -284,6 +309,16 @@ class _Pair:
         self.our_line.reshape(link_shape(rtt_ms))
         return await _ours(self.edge, self.decision, prompt, tokens, self.our_line)
 
+    async def drafted(self, rtt_ms: float, text: Sequence[int], at: Iterator[int]) -> Taken:
+        """What ours takes to write a text that is given, another part of it each time."""
+        self.our_line.reshape(link_shape(rtt_ms))
+        part = text[next(at) :][: SHORT_TEXT + TEXT_TOKENS]
+        decision = replace(self.decision, draft=DRAFT.most)
+        return await _ours(
+            self.edge, decision, part[:SHORT_TEXT], TEXT_TOKENS, self.our_line, draft=DRAFT,
+            choose=lambda _, position: part[position],
+        )  # fmt: skip
+
     async def theirs(self, rtt_ms: float, prompt: Sequence[int], tokens: int) -> Taken:
         self.their_line.reshape(link_shape(rtt_ms))
         return await _theirs(self.near, prompt, tokens, self.their_line)
@@ -295,16 +330,28 @@ class Killable(Protocol):
     def kill(self) -> int: ...
 
 
+def held_out() -> list[int]:
+    """Text that the bundled model was not trained on, as its ids."""
+    text = (resources.files("splitwise_llm") / "data" / "excerpt.txt").read_text()
+    return Tokenizer(locate("bundled")).encode(text)
+
+
 async def _links(result: Figures, pair: _Pair) -> None:
     options, prompt = pair.setup.options, pair.setup.prompt(SHORT_TOKENS)
+    text = held_out()
     runs: dict[str, Callable[[], Awaitable[Taken]]] = {}
     for rtt_ms in RTTS_MS:
         runs[f"ours {rtt_ms}"] = partial(pair.ours, rtt_ms, prompt, options.tokens)
         runs[f"theirs {rtt_ms}"] = partial(pair.theirs, rtt_ms, prompt, options.tokens)
+        places = iter(range(0, len(text) - SHORT_TEXT - TEXT_TOKENS, SHORT_TEXT + TEXT_TOKENS))
+        runs[f"drafted {rtt_ms}"] = partial(pair.drafted, rtt_ms, text, places)
     taken = await _rounds(runs, options.rounds, pair.setup.tell)
     for rtt_ms in RTTS_MS:
         ours, theirs = ([_typical(one) for one in taken[f"{who} {rtt_ms}"]] for who in ("ours", "theirs"))
         result.add_median(f"link_over_llamacpp_{rtt_ms}ms", ratios(ours, theirs), "ms/token, 16 bits, not drafted")
+        drafted = [one.tpot_s for one in taken[f"drafted {rtt_ms}"]]
+        over = ratios(drafted, theirs)
+        result.add_median(f"link_drafted_over_llamacpp_{rtt_ms}ms", over, "ours drafts, and writes held-out text")
         result.add_median(f"link_ms_per_token_ours_{rtt_ms}ms", [1e3 * one for one in ours])
         result.add_median(f"link_ms_per_token_llamacpp_{rtt_ms}ms", [1e3 * one for one in theirs])
     for who, name in (("ours", "ours"), ("theirs", "llamacpp")):
@@ -346,78 +393,48 @@ def after_kill(tokens: Iterable[int], far: Killable, at: int) -> tuple[int, str]
     return count - at, ""
 
 
-SPECULATE = ("--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", "3", "--spec-ngram-simple-size-m", "8")
-"""Its own lookup in the text; as it comes (12 and 48) it finds nothing in prose."""
-TEXT_CHARACTERS, TEXT_TOKENS = 800, 64
-
-
-def can_draft() -> bool:
-    """Whether `splitwise generate` has --draft."""
-    help_text = subprocess.run(
-        [sys.executable, "-m", "splitwise_llm", "generate", "--help"], capture_output=True, text=True, check=False
-    ).stdout
-    return "--draft" in help_text
-
-
-async def _drafted(result: Figures, setup: _Setup, place: Path) -> None:
-    """`link_drafted_over_llamacpp_*`: the bundled model on held-out text, for what a random model writes nobody
-    guesses. Ours drafts by lookup; llama.cpp does not, or does in its way."""
-    if not can_draft():
-        setup.tell("`splitwise generate` has no --draft: nothing is drafted")
-        return
-    setup.tell("the bundled model on held-out text, drafting by lookup")
+async def _drafted(result: Figures, options: PeersOptions, binaries: Binaries, place: Path, tell: Tell) -> None:
+    """`text_over_llamacpp_*`: the bundled model goes on from held-out text, both programs with their own words, which
+    are the same. Ours drafts by lookup; llama.cpp does not, or does in its way."""
+    tell("the bundled model on held-out text, drafting by lookup")
     model, gguf = locate("bundled"), place / "bundled.gguf"
     write_gguf(model, gguf)
-    text = (resources.files("splitwise_llm") / "data" / "excerpt.txt").read_text()[:TEXT_CHARACTERS]
-    prompt, layers = Tokenizer(model).encode(text), Checkpoint(model).architecture.spec.num_layers
-    threads, half = setup.options.threads, layers // 2
+    prompt, layers = held_out()[:PROMPT_TOKENS], Checkpoint(model).architecture.spec.num_layers
+    half, threads = layers // 2, options.threads
     with contextlib.ExitStack() as stack:
-        cloud = stack.enter_context(Host(str(model), "--threads", str(threads)))
-        ours = stack.enter_context(Line(cloud.address, LinkShape()))
-        runs: dict[str, Callable[[], Awaitable[Taken]]] = {}
-        ways = {"plain": (), "drafted": SPECULATE}
+        enter = stack.enter_context
+        cloud = enter(Host(str(model), "--threads", str(threads)))
+        line = enter(Line(cloud.address, LinkShape()))
+        edge = enter(edge_with(str(model), {"cloud": line.address}, threads=threads))
+        cut = Decision(edge.partition(f"edge[0:{half}] cloud[{half}:{layers}] head=edge"), draft=DRAFT.most)
         pairs: dict[str, tuple[Program, Line]] = {}
-        for way, flags in ways.items():
-            far = stack.enter_context(rpc_server(setup.binaries, threads))
-            line = stack.enter_context(Line(far.address, LinkShape()))
-            remote = half_remote(layers, line.address)
-            pairs[way] = stack.enter_context(server(setup.binaries, gguf, threads, *remote, *flags)), line
-        cut = f"edge[0:{half}] cloud[{half}:{layers}] head=edge"
+        for way, flags in THEIR_WAYS.items():
+            far = enter(rpc_server(binaries, threads))
+            theirs = enter(Line(far.address, LinkShape()))
+            pairs[way] = enter(server(binaries, gguf, threads, *half_remote(layers, theirs.address), *flags)), theirs
 
-        async def mine(rtt_ms: int) -> Taken:
-            ours.reshape(link_shape(rtt_ms))
-            words = ("--partition", cut, "--machine", f"cloud={ours.address}", "--draft", "ngram")
-            return await asyncio.to_thread(_generated, text, words, threads, place / "record.json")
-
-        async def theirs(way: str, rtt_ms: int) -> Taken:
-            program, line = pairs[way]
+        async def ours(rtt_ms: int) -> Taken:
             line.reshape(link_shape(rtt_ms))
-            return await _theirs(program, prompt, TEXT_TOKENS, line)
+            return await _ours(edge, cut, prompt, TEXT_TOKENS, line, draft=DRAFT)
 
+        async def their(way: str, rtt_ms: int) -> Taken:
+            program, their_line = pairs[way]
+            their_line.reshape(link_shape(rtt_ms))
+            return await _theirs(program, prompt, TEXT_TOKENS, their_line)
+
+        runs: dict[str, Callable[[], Awaitable[Taken]]] = {}
         for rtt_ms in RTTS_MS:
-            runs[f"ours {rtt_ms}"] = partial(mine, rtt_ms)
-            runs |= {f"{way} {rtt_ms}": partial(theirs, way, rtt_ms) for way in ways}
-        taken = await _rounds(runs, setup.options.rounds, setup.tell)
+            runs[f"ours {rtt_ms}"] = partial(ours, rtt_ms)
+            runs |= {f"{way} {rtt_ms}": partial(their, way, rtt_ms) for way in THEIR_WAYS}
+        taken = await _rounds(runs, options.rounds, tell)
     for rtt_ms in RTTS_MS:
-        times = {who: [one.tpot_s for one in taken[f"{who} {rtt_ms}"]] for who in ("ours", *ways)}
+        times = {who: [one.tpot_s for one in taken[f"{who} {rtt_ms}"]] for who in ("ours", *THEIR_WAYS)}
         over = ratios(times["ours"], times["plain"])
-        result.add_median(f"link_drafted_over_llamacpp_{rtt_ms}ms", over, "bundled model, held-out text")
+        result.add_median(f"text_over_llamacpp_{rtt_ms}ms", over, "ms/token, bundled model; ours drafts")
         over = ratios(times["ours"], times["drafted"])
-        result.add_median(f"link_drafted_over_llamacpp_drafted_{rtt_ms}ms", over, "it drafts by lookup, too")
+        result.add_median(f"text_over_llamacpp_drafted_{rtt_ms}ms", over, "both draft by lookup")
         for who, values in times.items():
-            result.add_median(f"text_ms_per_token_{who}_{rtt_ms}ms", [1e3 * one for one in values])
+            name = who if who == "ours" else f"llamacpp_{who}"
+            result.add_median(f"text_ms_per_token_{name}_{rtt_ms}ms", [1e3 * one for one in values])
     same = same_share(taken[f"ours {RTTS_MS[0]}"][0].ids, taken[f"plain {RTTS_MS[0]}"][0].ids)
-    result.add("same_tokens_drafted", same, "up to a tie")
-
-
-def _generated(text: str, words: Sequence[str], threads: int, record: Path) -> Taken:
-    command = [
-        sys.executable, "-m", "splitwise_llm", "generate", text, "--model", "bundled", "--threads", str(threads),
-        "-n", str(TEXT_TOKENS), "--quiet", "--json", str(record), *words,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise WorkerFailed(f"`splitwise generate --draft` ended with {done.returncode}: {done.stderr[-300:]}")
-    said = json.loads(record.read_text())
-    times_s = tuple(said["token_times_s"])
-    return Taken(tuple(said["token_ids"]), times_s, (0,) * len(times_s))
+    result.add("same_tokens_text", same, "up to a tie")
