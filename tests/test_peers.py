@@ -3,10 +3,12 @@ survived. Nothing here needs llama.cpp; a small program plays its server."""
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +19,16 @@ from safetensors.torch import load_file
 
 from splitwise_llm.bench.peers import TINYLLAMA, after_kill, check_room, fastest, same_share, weight_bytes
 from splitwise_llm.bench.peers_gguf import ALIGNMENT, PARTS, interleaved_heads, write_gguf
-from splitwise_llm.bench.peers_llamacpp import Binaries, Taken, half_remote, parse_events, quantised, server, take
+from splitwise_llm.bench.peers_llamacpp import (
+    Binaries,
+    Taken,
+    half_remote,
+    parse_events,
+    processor_s,
+    quantised,
+    server,
+    take,
+)
 from splitwise_llm.bench.random_models import make_model
 from splitwise_llm.errors import LinkDied, MemoryTooSmall, ModelError, UserError, WorkerFailed
 
@@ -260,7 +271,18 @@ def test_times_and_bytes_per_token_leave_out_what_is_done_once() -> None:
     one = Taken((1, 2, 3, 4, 5), (1.0, 1.9, 2.1, 2.3, 2.5), (900, 1900, 2000, 2100, 2200))
     assert (one.ttft_s, one.tpot_s) == (1.0, pytest.approx(0.375))
     assert one.typical_tpot_s == pytest.approx(0.2)
-    assert one.bytes_per_token == 100
+    assert one.metered == 100
+
+
+def test_processor_time_goes_on_while_a_process_computes_and_stands_while_it_sleeps() -> None:
+    start_s = processor_s(os.getpid())
+    time.sleep(0.2)
+    slept_s = processor_s(os.getpid())
+    until_s = time.process_time() + 0.2
+    while time.process_time() < until_s:
+        pass
+    assert slept_s - start_s < 0.1 < processor_s(os.getpid()) - slept_s
+    assert math.isnan(processor_s(2**22 + 1)), "beyond the largest number of a process"
 
 
 def test_the_fastest_of_theirs_counts_and_texts_are_compared_up_to_where_they_part() -> None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import gc
 import math
+import os
 import shutil
 import statistics
 import tempfile
@@ -30,6 +31,7 @@ from splitwise_llm.bench.peers_llamacpp import (
     Program,
     Taken,
     half_remote,
+    processor_s,
     quantised,
     rpc_server,
     server,
@@ -64,6 +66,7 @@ MEMORY_SHARE, DISK_SHARE = 2.6, 4.0
 """Of the fp32 weights: both programs hold them once; the model lies there as it is, as GGUF, and in four formats."""
 
 
+Meter = Callable[[], float]
 TEXT_TOKENS = 48
 DRAFT = Draft("ngram", 8, is_free=True)
 """As `--draft auto`: lookup in the text so far, as far as it pays."""
@@ -184,21 +187,25 @@ def check_room(weights: int, memory: int, disk: int) -> None:
 
 
 async def _ours(
-    edge: Edge, decision: Decision | str, prompt: Sequence[int], tokens: int, line: Line | None = None, *,
+    edge: Edge, decision: Decision | str, prompt: Sequence[int], tokens: int, meter: Meter, *,
     draft: Draft | None = None, choose: Choose | None = None,
 ) -> Taken:  # fmt: skip
-    carried: list[int] = []
+    shown: list[float] = []
     asked = edge.generate(prompt, decision, max_new_tokens=tokens, stop_ids=(), draft=draft, choose=choose)
     async with asked as generation:
         async for _ in generation:
-            carried.append(line.carried_bytes if line else 0)
+            shown.append(meter())
     record = generation.record
-    return Taken(record.token_ids, record.token_times_s, tuple(carried))
+    return Taken(record.token_ids, record.token_times_s, tuple(shown))
 
 
-async def _theirs(program: Program, prompt: Sequence[int], tokens: int, line: Line | None = None) -> Taken:
-    carried = partial(getattr, line, "carried_bytes") if line else (lambda: 0)
-    return await asyncio.to_thread(lambda: take(program.completion(prompt, tokens), carried))
+async def _theirs(program: Program, prompt: Sequence[int], tokens: int, meter: Meter) -> Taken:
+    return await asyncio.to_thread(lambda: take(program.completion(prompt, tokens), meter))
+
+
+def _carried(line: Line) -> Meter:
+    """Bytes over a link."""
+    return lambda: line.carried_bytes
 
 
 async def _rounds(
@@ -236,19 +243,22 @@ async def _local(result: Figures, setup: _Setup, form: Format) -> None:
     with contextlib.ExitStack() as stack:
         runs: dict[str, Callable[[], Awaitable[Taken]]] = {}
         edge = stack.enter_context(setup.edge({}, form))
-        runs["ours"] = partial(_ours, edge, "all:edge", prompt, options.tokens)
+        runs["ours"] = partial(_ours, edge, "all:edge", prompt, options.tokens, partial(processor_s, os.getpid()))
         for kind in form.theirs:
             file = await asyncio.to_thread(quantised, setup.binaries, setup.gguf, kind)
             program = stack.enter_context(server(setup.binaries, file, options.threads))
-            runs[kind] = partial(_theirs, program, prompt, options.tokens)
+            runs[kind] = partial(_theirs, program, prompt, options.tokens, partial(processor_s, program.process.pid))
         taken = await _rounds(runs, options.rounds, setup.tell)
     del edge, runs
     gc.collect()
     ours = taken.pop("ours")
-    for what, seconds in (("decode", _typical), ("prefill", _ttft)):
+    for what, seconds in (("decode", _typical), ("prefill", _ttft), ("decode_processor", _metered)):
         name, theirs = fastest(taken, seconds)
         mine = [seconds(one) for one in ours]
-        result.add_median(f"{what}_over_llamacpp_{form.name}", ratios(theirs, mine), f"tokens/s, over its {name}")
+        if math.isnan(sum(mine) + sum(theirs)):
+            continue
+        unit = "tokens per second of processor" if seconds is _metered else "tokens/s"
+        result.add_median(f"{what}_over_llamacpp_{form.name}", ratios(theirs, mine), f"{unit}, over its {name}")
         for whose, times in (("ours", mine), ("llamacpp", theirs)):
             many = PROMPT_TOKENS if what == "prefill" else 1
             result.add_median(f"{what}_tokens_per_s_{whose}_{form.name}", [many / one for one in times])
@@ -260,6 +270,10 @@ async def _local(result: Figures, setup: _Setup, form: Format) -> None:
 
 def _typical(one: Taken) -> float:
     return one.typical_tpot_s
+
+
+def _metered(one: Taken) -> float:
+    return one.metered
 
 
 def _ttft(one: Taken) -> float:
@@ -307,7 +321,7 @@ class _Pair:
 
     async def ours(self, rtt_ms: float, prompt: Sequence[int], tokens: int) -> Taken:
         self.our_line.reshape(link_shape(rtt_ms))
-        return await _ours(self.edge, self.decision, prompt, tokens, self.our_line)
+        return await _ours(self.edge, self.decision, prompt, tokens, _carried(self.our_line))
 
     async def drafted(self, rtt_ms: float, text: Sequence[int], at: Iterator[int]) -> Taken:
         """What ours takes to write a text that is given, another part of it each time."""
@@ -315,13 +329,13 @@ class _Pair:
         part = text[next(at) :][: SHORT_TEXT + TEXT_TOKENS]
         decision = replace(self.decision, draft=DRAFT.most)
         return await _ours(
-            self.edge, decision, part[:SHORT_TEXT], TEXT_TOKENS, self.our_line, draft=DRAFT,
+            self.edge, decision, part[:SHORT_TEXT], TEXT_TOKENS, _carried(self.our_line), draft=DRAFT,
             choose=lambda _, position: part[position],
         )  # fmt: skip
 
     async def theirs(self, rtt_ms: float, prompt: Sequence[int], tokens: int) -> Taken:
         self.their_line.reshape(link_shape(rtt_ms))
-        return await _theirs(self.near, prompt, tokens, self.their_line)
+        return await _theirs(self.near, prompt, tokens, _carried(self.their_line))
 
 
 class Killable(Protocol):
@@ -355,7 +369,7 @@ async def _links(result: Figures, pair: _Pair) -> None:
         result.add_median(f"link_ms_per_token_ours_{rtt_ms}ms", [1e3 * one for one in ours])
         result.add_median(f"link_ms_per_token_llamacpp_{rtt_ms}ms", [1e3 * one for one in theirs])
     for who, name in (("ours", "ours"), ("theirs", "llamacpp")):
-        counted = [one.bytes_per_token for rtt_ms in RTTS_MS for one in taken[f"{who} {rtt_ms}"]]
+        counted = [one.metered for rtt_ms in RTTS_MS for one in taken[f"{who} {rtt_ms}"]]
         result.add_median(f"link_bytes_per_token_{name}", counted, "both ways, framing included")
 
 
@@ -415,12 +429,12 @@ async def _drafted(result: Figures, options: PeersOptions, binaries: Binaries, p
 
         async def ours(rtt_ms: int) -> Taken:
             line.reshape(link_shape(rtt_ms))
-            return await _ours(edge, cut, prompt, TEXT_TOKENS, line, draft=DRAFT)
+            return await _ours(edge, cut, prompt, TEXT_TOKENS, _carried(line), draft=DRAFT)
 
         async def their(way: str, rtt_ms: int) -> Taken:
             program, their_line = pairs[way]
             their_line.reshape(link_shape(rtt_ms))
-            return await _theirs(program, prompt, TEXT_TOKENS, their_line)
+            return await _theirs(program, prompt, TEXT_TOKENS, _carried(their_line))
 
         runs: dict[str, Callable[[], Awaitable[Taken]]] = {}
         for rtt_ms in RTTS_MS:

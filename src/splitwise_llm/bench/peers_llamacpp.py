@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import os
 import shutil
 import signal
@@ -61,11 +62,12 @@ class Binaries:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Tokens as they came: ids, seconds since they were asked for, and bytes that the link had carried by then."""
+    """Tokens as they came: ids, seconds since they were asked for, and what a meter showed by then: bytes that a link
+    had carried, or seconds for which a processor had worked."""
 
     ids: tuple[int, ...]
     times_s: tuple[float, ...]
-    carried: tuple[int, ...]
+    meter: tuple[float, ...]
 
     @property
     def ttft_s(self) -> float:
@@ -84,10 +86,10 @@ class Taken:
         return gaps[middle] if len(gaps) % 2 else (gaps[middle - 1] + gaps[middle]) / 2
 
     @property
-    def bytes_per_token(self) -> float:
-        """Both ways together, framing included; from the third token on, when everything is under way."""
-        first = min(2, len(self.carried) - 2)
-        return (self.carried[-1] - self.carried[first]) / (len(self.carried) - 1 - first)
+    def metered(self) -> float:
+        """Per token; from the third on, when everything is under way."""
+        first = min(2, len(self.meter) - 2)
+        return (self.meter[-1] - self.meter[first]) / (len(self.meter) - 1 - first)
 
 
 def quantised(binaries: Binaries, source: Path, kind: str) -> Path:
@@ -124,7 +126,7 @@ class Program:
         self._said.seek(0)
         return _tail(self._said.read().decode(errors="replace"))
 
-    def completion(self, prompt: Sequence[int], tokens: int, carried: Callable[[], int] | None = None) -> Iterator[int]:
+    def completion(self, prompt: Sequence[int], tokens: int) -> Iterator[int]:
         """Greedy tokens after a prompt, as they come. Raises LinkDied when the stream ends too soon or falls silent."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SILENCE_S)
         asked = {
@@ -157,12 +159,22 @@ def parse_events(lines: Iterator[bytes]) -> Iterator[int]:
     raise LinkDied("the stream of llama-server ended before its last event")
 
 
-def take(tokens: Iterator[int], carried: Callable[[], int] = lambda: 0) -> Taken:
+def take(tokens: Iterator[int], meter: Callable[[], float] = lambda: 0.0) -> Taken:
     """All of a stream, with times from now on."""
     start_s = time.perf_counter()
-    came = [(token, time.perf_counter() - start_s, carried()) for token in tokens]
-    ids, times_s, counts = zip(*came, strict=True)
-    return Taken(ids, times_s, counts)
+    came = [(token, time.perf_counter() - start_s, meter()) for token in tokens]
+    ids, times_s, shown = zip(*came, strict=True)
+    return Taken(ids, times_s, shown)
+
+
+def processor_s(process: int) -> float:
+    """How long the threads of a process have run, as Linux counts; NaN where it does not say. Unlike time on the wall
+    it leaves out waiting for a processor that others use."""
+    try:
+        threads = [(one / "schedstat").read_text() for one in Path(f"/proc/{process}/task").iterdir()]
+    except OSError:
+        return math.nan
+    return sum(int(text.split()[0]) for text in threads) / 1e9
 
 
 @contextlib.contextmanager
