@@ -196,7 +196,7 @@ async def _ours(
         async for _ in generation:
             shown.append(meter())
     record = generation.record
-    return Taken(record.token_ids, record.token_times_s, tuple(shown))
+    return Taken(record.token_ids, record.token_times_s, tuple(shown), record.round_trips_per_token)
 
 
 async def _theirs(program: Program, prompt: Sequence[int], tokens: int, meter: Meter) -> Taken:
@@ -368,6 +368,8 @@ async def _links(result: Figures, pair: _Pair) -> None:
         result.add_median(f"link_drafted_over_llamacpp_{rtt_ms}ms", over, "ours drafts, and writes held-out text")
         result.add_median(f"link_ms_per_token_ours_{rtt_ms}ms", [1e3 * one for one in ours])
         result.add_median(f"link_ms_per_token_llamacpp_{rtt_ms}ms", [1e3 * one for one in theirs])
+    several = [1 / one.round_trips for rtt_ms in RTTS_MS for one in taken[f"drafted {rtt_ms}"]]
+    result.add_median("link_drafted_tokens_per_round_trip", several)
     for who, name in (("ours", "ours"), ("theirs", "llamacpp")):
         counted = [one.metered for rtt_ms in RTTS_MS for one in taken[f"{who} {rtt_ms}"]]
         result.add_median(f"link_bytes_per_token_{name}", counted, "both ways, framing included")
@@ -450,5 +452,7 @@ async def _drafted(result: Figures, options: PeersOptions, binaries: Binaries, p
         for who, values in times.items():
             name = who if who == "ours" else f"llamacpp_{who}"
             result.add_median(f"text_ms_per_token_{name}_{rtt_ms}ms", [1e3 * one for one in values])
+    several = [1 / one.round_trips for rtt_ms in RTTS_MS for one in taken[f"ours {rtt_ms}"]]
+    result.add_median("text_tokens_per_round_trip", several)
     same = same_share(taken[f"ours {RTTS_MS[0]}"][0].ids, taken[f"plain {RTTS_MS[0]}"][0].ids)
     result.add("same_tokens_text", same, "up to a tie")

@@ -68,6 +68,8 @@ class Taken:
     ids: tuple[int, ...]
     times_s: tuple[float, ...]
     meter: tuple[float, ...]
+    round_trips: float = 1.0
+    """Per token."""
 
     @property
     def ttft_s(self) -> float:
