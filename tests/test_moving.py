@@ -268,7 +268,8 @@ def test_a_fill_is_billed_for_the_bytes_of_its_excerpt(data: st.DataObject) -> N
         fill = gain.gap.fill
         feeder = fill.feeder if fill.first else None
         excerpt = plans.excerpt(Decision(new, FP16), here.spec, 3, here.direct, fill.first, fill.stop, feeder)
-        sent = sum(excerpt.payload_bytes(move, context) for move in excerpt.moves)
+        step = plans.Step(0, 0, context, emits=False, is_prefill=True)
+        sent = sum(excerpt.payload_bytes(move, step) for move in excerpt.moves)
         assert gain.recompute_bytes == sent if is_serial else gain.recompute_bytes >= sent
 
 

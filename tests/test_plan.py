@@ -125,6 +125,22 @@ def test_payload_of_one_position_of_width_65(wire: str, size: int) -> None:
     assert WirePrecision(wire).payload_bytes(3, 65) == 3 * size
 
 
+# Dies when decision.py says `self.wire if is_prefill` for `self.prefill_wire or self.wire if is_prefill`.
+def test_a_prompt_crosses_in_a_precision_of_its_own() -> None:
+    cut, width = Partition.cut(SPEC, 4), SPEC.d_model
+    plan = plans.compile(Decision(cut, WirePrecision.FP16, 4, prefill_wire=WirePrecision.INT8), SPEC, 2)
+    stream = next(crossed for crossed in plan.traffic(10, 3) if crossed.kind is Kind.RESIDUAL)
+    assert stream.payload_bytes == 10 * (width + 4) + 2 * 2 * width
+
+
+# Dies when decision.py says `if False` for `if self.prefill_wire is self.wire`.
+def test_a_plan_is_written_in_one_way() -> None:
+    cut = Partition.cut(SPEC, 4)
+    same = Decision(cut, WirePrecision.INT8, prefill_wire=WirePrecision.INT8)
+    assert same == Decision(cut, WirePrecision.INT8)
+    assert same.wires == {WirePrecision.INT8}
+
+
 def test_a_plan_of_another_model_or_with_too_few_machines_is_refused() -> None:
     with pytest.raises(PartitionError):
         plans.compile(Decision(Partition.cut(SPEC, 4)), SPEC, 1)

@@ -69,6 +69,17 @@ def test_waiting_for_one_another_leaves_bubbles() -> None:
     assert rates[0] <= 1 / 12.0 * (1 + 1e-9)
 
 
+def test_a_line_that_runs_dry_answers_no_more_than_it_was_given() -> None:
+    """Two stations of 1 s and 2 s, two tokens each: one sequence alone takes 6 s; of three, two at a time, the second
+    station works from 1 s to 13 s without a break, unless another one follows and stands in the last one's way."""
+    line = [Station(1.0, 1.0), Station(2.0, 2.0)]
+    assert completions(line, 2, 2, 1, runs_dry=True) == [6.0]
+    assert completions(line, 2, 2, 3, runs_dry=True)[-1] == 14.0
+    # Dies when bench/pipeline.py says `if runs_dry and begun == 2 * number:` for `if runs_dry and begun == number:`.
+    assert len(completions(line, 2, 2, 3, runs_dry=True)) == 3
+    assert completions(line, 2, 2, 3)[-1] == 15.0
+
+
 def test_a_single_station_waits_as_pollaczek_and_khinchine_say() -> None:
     """M/D/1: rho s / (2 (1 - rho)); a faster station before it changes no total wait."""
     gaps = dynopipe.poisson(np.random.default_rng(1), 5.0, (400, 4000))

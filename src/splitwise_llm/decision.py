@@ -32,8 +32,9 @@ class WirePrecision(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A partition, the precision on the wire, the prompt positions per prefill chunk (None: one chunk), and the
-    tokens drafted before each verifying step (0: plain decoding); and what to do when a machine is lost.
+    """A partition, the precision on the wire, the prompt positions per prefill chunk (None: one chunk), the tokens
+    drafted before each verifying step (0: plain decoding), and the precision on the wire while a prompt is prefilled
+    (None: as afterwards); and what to do when a machine is lost.
 
     Two decisions are equal when they are the same plan. `patience` and `shadow` change neither what runs nor its
     price, so they are left out of comparisons: tables hold a plan once, and another patience is no reason to move.
@@ -44,6 +45,8 @@ class Decision:
     wire: WirePrecision = WirePrecision.FP32
     prefill_chunk: int | None = None
     draft: int = 0
+    prefill_wire: WirePrecision | None = None
+    """A run that begins again after tokens have come carries all that it computes again as a prompt."""
     patience: float = field(default=1.0, compare=False)
     """How long to wait for a lost machine before going on without it, in units of the predicted time M of moving away;
     0: not at all, inf: for ever. At 1 no loss costs more than twice the best in hindsight (the ski-rental rule): a
@@ -54,6 +57,8 @@ class Decision:
     for the price of computing everything twice."""
 
     def __post_init__(self) -> None:
+        if self.prefill_wire is self.wire:  # one plan, one way to write it
+            object.__setattr__(self, "prefill_wire", None)
         if self.prefill_chunk is not None and self.prefill_chunk < 1:
             raise RequestError(f"prefill chunk is {self.prefill_chunk}; expected at least 1 position, or none")
         if not 0 <= self.draft <= MAX_DRAFT:
@@ -62,6 +67,15 @@ class Decision:
             raise RequestError(
                 f"patience is {self.patience}; expected at least 0 times the time of moving away, or inf"
             )
+
+    def wire_in(self, is_prefill: bool) -> WirePrecision:
+        """The precision on the wire in a phase."""
+        return self.prefill_wire or self.wire if is_prefill else self.wire
+
+    @property
+    def wires(self) -> frozenset[WirePrecision]:
+        """Every precision that it uses on the wire."""
+        return frozenset({self.wire, self.wire_in(is_prefill=True)})
 
     def num_chunks(self, prompt_tokens: int) -> int:
         """Into how many chunks a prompt is prefilled."""

@@ -47,7 +47,12 @@ class ModelError(UserError):
 
 
 class MemoryTooSmall(UserError):
-    """The assigned weights and cache exceed the memory of a machine."""
+    """The assigned weights and cache exceed the memory of a machine; when to ask again, if others hold what is
+    missing."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class RequestError(UserError):

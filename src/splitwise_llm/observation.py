@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import product
 from typing import Protocol
 
 import numpy as np
@@ -46,6 +47,14 @@ class Tools:
     wires: tuple[WirePrecision, ...] = (WirePrecision.FP16,)
     chunks: tuple[int | None, ...] = (None,)
     drafts: tuple[int, ...] = (0,)
+    prefill_wires: tuple[WirePrecision | None, ...] = (None,)
+    """On the wire while a prompt is prefilled; None: as afterwards."""
+
+    @property
+    def by_phase(self) -> tuple[tuple[WirePrecision, WirePrecision | None], ...]:
+        """Precisions on the wire while tokens flow, and before; each pair once."""
+        pairs = product(self.wires, self.prefill_wires)
+        return tuple(dict.fromkeys((wire, None if early is wire else early) for wire, early in pairs))
 
 
 PLAIN = Tools()
@@ -168,6 +177,13 @@ class Always:
         """The decision it was made with. Raises PartitionError if it does not fit what is observed."""
         self.decision.partition.check(observation.model, len(observation.machines))
         return self.decision
+
+
+def innermost(policy: Policy) -> Policy:
+    """The policy inside those that only add to another's answers, which keep it as `policy`."""
+    while (inner := getattr(policy, "policy", None)) is not None:
+        policy = inner
+    return policy
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from splitwise_llm.decision import Decision
+from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import PartitionError
 from splitwise_llm.partition import Part
 from splitwise_llm.spec import ModelSpec
@@ -184,11 +184,16 @@ class Plan:
             case _:
                 return step.count
 
-    def payload_bytes(self, move: Move, rows: int) -> int:
-        """Payload of a move that carries `rows` positions."""
+    def payload_bytes(self, move: Move, step: Step) -> int:
+        """Payload of a move in a step."""
+        rows = self.rows(move, step)
         if move.kind in (Kind.RESIDUAL, Kind.PARTIAL):
-            return self.decision.wire.payload_bytes(rows, self.d_model)
+            return self.wire(step).payload_bytes(rows, self.d_model)
         return TOKEN_ID_BYTES * rows
+
+    def wire(self, step: Step) -> WirePrecision:
+        """The precision on the wire in a step."""
+        return self.decision.wire_in(step.is_prefill)
 
     def step(self, index: int, known: int, start: int = 0) -> Step:
         """Step number `index` of a run over ids of which `known` are there and the first `start` are cached: a
@@ -225,7 +230,7 @@ class Plan:
                 rows = self.rows(move, step)
                 for src, dst in self.legs(move.src, move.dst) if rows else ():
                     counts[move.after, move.kind, src, dst] += 1
-                    sizes[move.after, move.kind, src, dst] += self.payload_bytes(move, rows)
+                    sizes[move.after, move.kind, src, dst] += self.payload_bytes(move, step)
         return crossings(counts, sizes)
 
     @property

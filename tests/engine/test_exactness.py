@@ -141,6 +141,23 @@ def test_a_seeded_run_repeats_to_the_bit(
     assert all(torch.equal(a, b) for a, b in zip(once, seen, strict=True))
 
 
+@pytest.mark.parametrize("text", EVERY_KIND)
+def test_a_prompt_in_a_lossy_precision_leaves_the_later_tokens_crossings_exact(
+    text: str, tiny: Callable[[str], Path], seen: list[Tensor]
+) -> None:
+    """The first logits are those of an int8 wire, the bytes those of each phase (the engine checks them by itself)."""
+    directory = tiny("qwen3")
+    partition = Partition.parse(text, Checkpoint(directory).architecture.spec, NAMES)
+    first: dict[tuple[WirePrecision, WirePrecision | None], list[Tensor]] = {}
+    for wire, early in ((WirePrecision.FP32, WirePrecision.INT8), (WirePrecision.INT8, None)):
+        seen.clear()
+        asyncio.run(run(directory, Decision(partition, wire, 5, prefill_wire=early), PROMPT, 3))
+        first[wire, early] = list(seen)
+    mixed, lossy = first.values()
+    assert torch.equal(mixed[0], lossy[0])
+    assert len(partition.machines) == 1 or not torch.equal(mixed[-1], lossy[-1])
+
+
 def test_a_lossy_wire_changes_logits_and_an_exact_one_does_not(tiny: Callable[[str], Path], seen: list[Tensor]) -> None:
     directory = tiny("llama")
     spec = Checkpoint(directory).architecture.spec

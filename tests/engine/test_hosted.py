@@ -290,6 +290,17 @@ def test_a_good_bye_counts_though_its_answer_finds_nobody(scene: Play) -> None:
     scene(one)
 
 
+# Dies when engine/hosted.py says `(begin.wire,)` for `(begin.wire, begin.prefill_wire or begin.wire)`.
+def test_a_run_in_an_unknown_precision_is_refused_by_name(scene: Play) -> None:
+    async def one(lab: Lab) -> None:
+        async with lab.session() as (device, _):
+            for change in ({"wire": "fp8"}, {"prefill_wire": "fp8"}):
+                failed = await device.ask(lab.begin(1, **change), Failed)
+                assert "unknown wire precision 'fp8'" in failed.message
+
+    scene(one)
+
+
 def test_a_link_that_dies_in_mid_prefill_leaves_what_was_filled(scene: Play) -> None:
     async def one(lab: Lab) -> None:
         async with lab.session() as (device, _):

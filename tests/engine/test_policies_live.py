@@ -30,6 +30,8 @@ from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.observation import Observation, Policy, Tools
 from splitwise_llm.partition import Partition
 from splitwise_llm.policies import POLICIES, find_policy
+from splitwise_llm.policies.chains import Flow
+from splitwise_llm.policies.pipelines import EdgeShard
 from splitwise_llm.records import RequestRecord
 from splitwise_llm.spec import DeviceSpec, Dtype, LinkSpec
 from splitwise_llm.wire import messages
@@ -423,8 +425,16 @@ def test_options_that_exclude_each_other_are_refused_with_the_remedy(options: di
         asked_policy(**(none | options))
 
 
-def test_a_throughput_plan_is_refused_until_sessions_are_pipelined() -> None:
+def test_a_throughput_plan_for_one_prompt_is_refused_with_what_to_give_instead() -> None:
     done = generate("--policy", "edgeshard-throughput", PROMPT)
     assert done.returncode == 2, done.stderr
-    assert "sessions are not pipelined yet" in done.stderr
+    assert "give more with --prompts FILE" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_caches_of_all_sequences_in_flight_count_in_edgeshards_programs() -> None:
+    for name in ("edgeshard-throughput", "edgeshard-exact"):
+        policy = asked_policy(name, "", None, None, False, in_flight=6)
+        # Dies when choice.py says `Flow(1, 1)` for `Flow(1, in_flight or 1)`.
+        assert isinstance(policy, EdgeShard)
+        assert policy.flow == Flow(1, 6)

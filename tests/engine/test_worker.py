@@ -16,7 +16,7 @@ from engine.raw_sessions import Lab, play, stream
 from splitwise_llm import cost
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine import post
-from splitwise_llm.engine.backoff import RecoveryRules
+from splitwise_llm.engine.backoff import Door, RecoveryRules
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.worker import Worker
@@ -206,6 +206,7 @@ def test_memory_is_shared_by_all_sessions_of_a_worker(lab: Run) -> None:
             failed = await second.ask(lab.begin(), Failed)
             assert (failed.run, failed.error) == (1, "MemoryTooSmall")
             assert "together with 1 other sessions" in failed.message
+            assert failed.retry_after_s is not None, "it would fit without them"
             assert await lab.decode(first, 0, 4, 5) == lab.expected[3:5]
             await first.ask(Close(), Closed)
             await lab.begun(second, 2)  # there is room now
@@ -488,3 +489,28 @@ def test_a_broken_model_directory_is_named(tmp_path: Path, tiny: Callable[[str],
     (tmp_path / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ModelError, match="no safetensors file"):
         Checkpoint(tmp_path)
+
+
+# Dies when engine/worker.py says `if is_taken is None:` for `if not is_taken:`.
+def test_devices_that_open_sessions_in_floods_are_told_to_come_back_one_by_one(lab: Run) -> None:
+    async def scene(lab: Lab) -> None:
+        refused: list[float] = []
+        lab.worker._door = Door(0.1, 3)
+        for number in range(5):
+            async with lab.link() as device:
+                await device.ask(lab.hello(), Welcome)
+                await device.say(lab.opening(session=str(number)))
+                frame = await device.frame()
+                assert frame is not None
+                header, _ = unpack(frame)
+                if isinstance(header, Failed):
+                    assert header.error == "WorkerFailed"
+                    assert header.retry_after_s is not None
+                    refused.append(header.retry_after_s)
+                else:
+                    await device.ask(Close(), Closed)
+        assert len(refused) == 2, "three are taken in at once"
+        assert refused[1] > refused[0] + 5, "each has a moment of its own"
+        lab.worker._door = Door(1e6, 100)  # the scene is over
+
+    lab(scene)

@@ -125,6 +125,14 @@ def test_losses_of_the_wire_add_up_over_crossings() -> None:
     assert nats("all:cloud", WirePrecision.INT4) == 0
 
 
+# Dies when cost/accuracy.py says `min(losses)` for `max(losses)`.
+def test_a_lossy_prefill_is_priced_as_if_it_lost_throughout() -> None:
+    here = World(SMALL, (Host(box()), Host(box())), {(0, 1): LINKS["lan"]}, accuracy=TABLE)
+    u = Partition.parse("edge[0:2] cloud[2:6] edge[6:8]", SMALL, NAMES)
+    for wire, early in ((FP16, WirePrecision.INT8), (WirePrecision.INT8, FP16)):
+        assert price(here, Decision(u, wire, prefill_wire=early), CHAT).nats == pytest.approx(0.003)
+
+
 def test_an_accuracy_table_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "accuracy.json"
     path.write_text(TABLE.to_json())

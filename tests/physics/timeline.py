@@ -43,7 +43,7 @@ class Timeline:
 
     def _message(self, step: Step, move: Move, after: list[int]) -> list[int]:
         """Leg by leg; a leg occupies its direction of a link while it is written."""
-        size = self.plan.payload_bytes(move, self.plan.rows(move, step))
+        size = self.plan.payload_bytes(move, step)
         for src, dst in self.plan.legs(move.src, move.dst):
             link = self.world.links[min(src, dst), max(src, dst)]
             rate = link.up_bytes_per_s if src < dst else link.down_bytes_per_s

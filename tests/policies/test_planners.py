@@ -225,6 +225,17 @@ def test_every_planner_gets_the_same_tools_and_uses_no_others() -> None:
             assert decision.draft == 2, name
 
 
+# Dies when policies/planners.py says `chunk, draft)` for `chunk, draft, early)`.
+@pytest.mark.parametrize("name", DRIVEN)
+def test_where_the_prompt_is_long_and_the_link_slow_the_prefill_alone_may_be_lossy(name: str) -> None:
+    world = World(SPEC, (Host(SLOW), Host(FAST)), {(0, 1): WAN})
+    for early in ((None,), (None, WirePrecision.INT8)):
+        seen = observed(world, tools=Tools(chunks=(None, 8), prefill_wires=early), limits=Limits(floor=Floor(1, 1)))
+        decision = find_policy(name).decide(seen)
+        crosses = len(decision.partition.machines) > 1
+        assert decision.prefill_wire == (early[-1] if crosses else None)
+
+
 @pytest.mark.parametrize("name", [name for name in DRIVEN if not name.startswith("drift")])
 def test_more_tools_never_make_a_planners_choice_slower(name: str) -> None:
     more = Tools((WirePrecision.FP16, WirePrecision.INT4), (None, 8), (0, 3))

@@ -51,6 +51,26 @@ async def seconds(doing: Awaitable[object]) -> float:
     return time.perf_counter() - start_s
 
 
+def test_links_beside_each_other_share_the_rate_once() -> None:
+    async def scenario() -> None:
+        shape, clock = LinkShape.parse("rate=8mbit"), LinkClock()
+        (near, far), (other_near, other_far) = memory_pair(), memory_pair()
+        first = ShapedLink(near, shape, clock)
+        # Dies when wire/shaped.py says `shape.lanes()` for `beside._lanes if beside else shape.lanes()`.
+        second = ShapedLink(other_near, shape, clock, beside=first)
+
+        async def carry(link: Link, end: Link) -> None:
+            await link.send(b"x" * 50_000)
+            await end.receive()
+
+        took_s = await seconds(asyncio.gather(carry(first, far), carry(second, other_far)))
+        assert took_s > 0.1 - EARLY_S  # 100 kB at 1 MB/s
+        await asyncio.gather(first.close(), second.close())
+        clock.close()
+
+    run(scenario)
+
+
 @pytest.mark.parametrize(("size", "tries"), [(1, 9), (4096, 9), (65536, 5)])
 def test_an_echo_takes_the_round_trip_and_the_bytes_both_ways(size: int, tries: int) -> None:
     async def scenario() -> None:

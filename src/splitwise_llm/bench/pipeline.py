@@ -70,14 +70,22 @@ def _segment_s(columns: Chain, row: int, start: int, end: int) -> float:
 
 
 def completions(
-    line: Sequence[Station], in_flight: int, tokens_out: int, number: int, barrier: Barrier = Barrier.NONE
+    line: Sequence[Station],
+    in_flight: int,
+    tokens_out: int,
+    number: int,
+    barrier: Barrier = Barrier.NONE,
+    *,
+    runs_dry: bool = False,
 ) -> list[float]:
     """Times at which the first `number` micro-batches are complete, when `in_flight` are always under way: each is a
-    prompt and `tokens_out` - 1 later tokens through the whole line, and is followed by the next one at once."""
+    prompt and `tokens_out` - 1 later tokens through the whole line, and is followed by the next one at once; where the
+    line `runs_dry`, nothing follows the last of them. It does so without a barrier only."""
+    begun = min(in_flight, number) if runs_dry else in_flight
     free = [0.0] * len(line)
     done: list[float] = []
     waiting: list[tuple[int, int]] = []
-    events = [(0.0, slot, slot, 0, 0) for slot in range(in_flight)]  # time, tie, slot, station, token
+    events = [(0.0, slot, slot, 0, 0) for slot in range(begun)]  # time, tie, slot, station, token
     ties = in_flight
     while len(done) < number:
         now, _, slot, index, token = heapq.heappop(events)
@@ -91,6 +99,9 @@ def completions(
             if token == tokens_out:
                 done.append(there)
                 token = 0
+                if runs_dry and begun == number:
+                    continue
+                begun += 1
             following = [(slot, token)]
             if barrier is Barrier.EVERY or (barrier is Barrier.PROMPT and token < 2):
                 waiting += following

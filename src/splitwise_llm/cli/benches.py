@@ -63,3 +63,23 @@ def bench_peers(
         llamacpp, quick, threads, 2 if quick else rounds, tokens, tuple(part or PARTS), folder
     )  # fmt: skip
     report(run(lambda: run_peers(options, tell), json_file), json_file)
+
+
+@bench.command("pipeline")
+def bench_pipeline(
+    rounds: Rounds = 5,
+    in_flight: Annotated[int, typer.Option(min=2, help="Sequences under way at a time.")] = 4,
+    json_file: JsonFile = None,
+) -> None:
+    """Four processes in a row, several sequences in flight: against one, and against what EdgeShard's program says."""
+    from splitwise_llm.bench.pipeline_live import Setting, run_pipeline
+
+    report(run(lambda: run_pipeline(rounds, Setting(in_flight), tell), json_file), json_file)
+
+
+@bench.command()
+def serving(rounds: Rounds = 5, tokens: Tokens = 32, json_file: JsonFile = None) -> None:
+    """Eight sessions on one worker over one: tokens per second, evenness, memory, and what a ninth is told."""
+    from splitwise_llm.bench.serving import run_serving
+
+    report(run(lambda: run_serving(rounds, tokens, tell), json_file), json_file)

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from splitwise_llm.cost import Price, World, obstacle, price
+from splitwise_llm.cost import UNKNOWN_CHUNK, Price, World, best_chunk, obstacle, price
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError
-from splitwise_llm.observation import Observation, Occasion, Policy
+from splitwise_llm.observation import Always, Observation, Occasion, Policy
 from splitwise_llm.policies import find_policy
+from splitwise_llm.policies.chains import Flow
 from splitwise_llm.policies.in_flight import Running
 from splitwise_llm.policies.objective import Latency
 from splitwise_llm.policies.pipelines import EdgeShard, Program
@@ -22,10 +23,16 @@ from splitwise_llm.records import RequestRecord
 
 
 def asked_policy(
-    name: str, partition: str, wire: WirePrecision | None, chunk: int | None, allow_lossy: bool
+    name: str,
+    partition: str,
+    wire: WirePrecision | None,
+    chunk: int | None,
+    allow_lossy: bool,
+    in_flight: int | None = None,
 ) -> Policy | None:
-    """The policy of a name; None for no name. Raises RequestError for an unknown one, one that needs more than a
-    session, and for options that say what it is to find out."""
+    """The policy of a name; None for no name. `in_flight` sequences will be under way at a time (None: a single one
+    is asked for). Raises RequestError for an unknown one, one that needs several sequences, and for options that say
+    what it is to find out."""
     if not name:
         if allow_lossy:
             raise RequestError("--allow-lossy is for a --policy; with a --partition write --wire int8 or int4")
@@ -38,12 +45,14 @@ def asked_policy(
             "--allow-lossy lets it use int8 and int4"
         )
     policy = find_policy(name)
-    if isinstance(policy, EdgeShard) and policy.program is Program.THROUGHPUT:
+    if not isinstance(policy, EdgeShard):
+        return policy
+    if policy.program is Program.THROUGHPUT and in_flight is None:
         raise RequestError(
-            f"{name} plans for many requests under way at a time, and sessions are not pipelined yet: one request "
-            "would only wait in its pipeline; use edgeshard-exact, or simulate it"
+            f"{name} plans for several sequences in flight, and one would only wait in its pipeline: give more with "
+            "--prompts FILE, or use edgeshard-exact"
         )
-    return policy
+    return replace(policy, flow=Flow(1, in_flight or 1))  # whose caches all machines hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,24 @@ class Insisting:
         decision = self.policy.decide(observation)
         patience = decision.patience if self.patience is None else self.patience
         return replace(decision, patience=patience, shadow=self.shadow or decision.shadow)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunked:
+    """A partition that was given, whose prompt is cut as its price says; by a rule where nobody has measured."""
+
+    policy: Always
+
+    def decide(self, observation: Observation) -> Decision:
+        """The decision with a chunk; the one there is if it goes on with a generation."""
+        decision = self.policy.decide(observation)
+        if observation.placement is not None:
+            return observation.placement.decision
+        if observation.world is None:
+            is_whole = len(decision.partition.machines) == 1 or observation.prompt_tokens <= UNKNOWN_CHUNK
+            return decision if is_whole else replace(decision, prefill_chunk=UNKNOWN_CHUNK)
+        conditions = observation.world.conditions(observation.loads)
+        return replace(decision, prefill_chunk=best_chunk(observation.world, decision, observation.job, conditions))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,11 +25,12 @@ from splitwise_llm.cli.options import (
     machine_options,
     note,
     pairs,
-    read_prompt,
     run,
     two_names,
     write_json,
 )
+from splitwise_llm.cli.prefill_bar import PrefillBar
+from splitwise_llm.cli.several import IN_FLIGHT, asked_prompts
 from splitwise_llm.cost import UNLIMITED, Floor, Limits
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import JournalError, RequestError
@@ -49,9 +50,15 @@ QUIET_EVENTS = ("fill", "carry", "attempt", "unreached")
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads standard input.")],
+    prompt: Annotated[str | None, typer.Argument(help="The text to go on from; - reads standard input.")] = None,
     model: Model = "bundled",
     machine: Annotated[list[str] | None, typer.Option(help="A worker, as cloud=127.0.0.1:7070; repeatable.")] = None,
+    prompts: Annotated[
+        str, typer.Option(help="Instead of one: a file with a prompt per line (.jsonl: JSON texts); - for stdin.")
+    ] = "",
+    in_flight: Annotated[
+        int | None, typer.Option(min=1, help="Of --prompts, so many under way at a time.", show_default=str(IN_FLIGHT))
+    ] = None,
     partition: Annotated[
         str, typer.Option(help="As in 'edge[0:2] cloud[2:6] edge[6:8]'.", show_default="all:edge")
     ] = "",
@@ -60,14 +67,18 @@ def generate(
     allow_lossy: Annotated[bool, typer.Option(help="The policy may use int8 and int4 on the wire.")] = False,
     explain: Annotated[bool, typer.Option(help="Say what is chosen, each time, with its price.")] = False,
     wire: Annotated[WirePrecision | None, typer.Option(help="Activations on the wire.", show_default="fp32")] = None,
+    prefill_wire: Annotated[
+        WirePrecision | None, typer.Option(help="The prompt's activations on the wire.", show_default="as --wire")
+    ] = None,
     chunk: Annotated[
-        int | None, typer.Option(min=0, help="Prompt positions per prefill chunk; 0: all at once.")
+        int | None,
+        typer.Option(min=0, help="Prompt positions per prefill chunk; 0: all at once.", show_default="by price"),
     ] = None,
     draft: Annotated[
         str,
         typer.Option(
             help="Who proposes tokens, so that one round trip brings several: ngram, a smaller MODEL of the same "
-            "tokenizer, auto (ngram as far as it pays), off.",
+            "tokenizer (or MODEL:int4), early:N (the model's own first layers), auto (ngram as far as it pays), off.",
             show_default="off; with --policy as it says",
         ),
     ] = "",
@@ -115,7 +126,10 @@ def generate(
     json_file: JsonFile = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.")] = False,
 ) -> None:
-    """Answer one prompt, alone or with running workers; the answer survives links and machines that are lost."""
+    """Answer a prompt, or several at a time, alone or with running workers; answers survive links and machines that
+    are lost."""
+    from splitwise_llm.cli.several import show_answers
+    from splitwise_llm.engine.flight import Agreed
     from splitwise_llm.model.sampling import Sampling
     from splitwise_llm.wire.codec import ElementLoss
 
@@ -127,22 +141,38 @@ def generate(
         "patience": None if patience is None else str(patience),
         "shadow": shadow, "give_up": str(give_up), "dtype": dtype, "weights": weights, "threads": threads,
         "memory": memory, "emulate": _absolute(emulate), "profile": _absolute(profile),
-        "tls": _absolute(str(tls)) if tls else "", "draft": _absolute(draft), "draft_tokens": draft_tokens,
+        "tls": _absolute(str(tls)) if tls else "",
+        "prefill_wire": prefill_wire, "draft": _absolute_draft(draft), "draft_tokens": draft_tokens,
     }  # fmt: skip
-    asked = _Asked(json.loads(json.dumps(said)), explain)
-    text = read_prompt(prompt)
+    texts = asked_prompts(prompt, prompts, in_flight, journal)
+    asked = _Asked(json.loads(json.dumps(said)), explain, (in_flight or IN_FLIGHT) if prompts else None)
     sampling = Sampling(temperature, top_k, top_p, seed)
 
     async def work() -> None:
         with asked.edge() as edge:
+            if prompts:
+                decides = Agreed(asked.decides(edge))
+                await show_answers(
+                    lambda number: edge.generate(
+                        texts[number], decides, max_new_tokens=max_new_tokens, sampling=sampling,
+                        loss=ElementLoss(loss, seed), called=policy, limits=asked.limits, tools=asked.tools,
+                        rules=asked.rules,
+                    ),
+                    len(texts), asked.in_flight or IN_FLIGHT, json_file, quiet, QUIET_EVENTS if not explain else (),
+                )  # fmt: skip
+                warn(edge)
+                return
             generation = edge.generate(
-                text, asked.decides(edge), max_new_tokens=max_new_tokens, sampling=sampling,
+                texts[0], asked.decides(edge), max_new_tokens=max_new_tokens, sampling=sampling,
                 loss=ElementLoss(loss, seed), called=policy, limits=asked.limits, tools=asked.tools, rules=asked.rules,
                 journal=journal, options=asked.said, draft=asked.draft,
             )  # fmt: skip
             await _show(generation, asked, json_file, quiet)
-            if warning := edge.machine.emulation_warning:
-                note(warning)
+            warn(edge)
+
+    def warn(edge: Edge) -> None:
+        if warning := edge.machine.emulation_warning:
+            note(warning)
 
     run(work, json_file)
 
@@ -198,13 +228,15 @@ def resume(
 class _Asked:
     """What the command line said of machines, links and decisions, as both commands need it and a journal keeps it."""
 
-    def __init__(self, said: Mapping[str, Any], explain: bool) -> None:
+    def __init__(self, said: Mapping[str, Any], explain: bool, in_flight: int | None = None) -> None:
         from splitwise_llm.cli.choice import asked_policy
 
-        self.said, self._explain = said, explain
+        self.said, self._explain, self.in_flight = said, explain, in_flight
         self.policy_name: str = said["policy"]
         wire = WirePrecision(said["wire"]) if said["wire"] else None
-        self._policy = asked_policy(self.policy_name, said["partition"], wire, said["chunk"], said["allow_lossy"])
+        self._policy = asked_policy(
+            self.policy_name, said["partition"], wire, said["chunk"], said["allow_lossy"], in_flight
+        )
         self._wire = wire or WirePrecision.FP32
         self.limits = Limits(Floor.parse(said["floor"])) if said["floor"] else UNLIMITED
 
@@ -214,7 +246,9 @@ class _Asked:
 
         if not self.said["allow_lossy"]:
             return None
-        return Tools((LOSSLESS[Dtype(self.said["dtype"])], *LOSSY), EVERYTHING.chunks, DRAFTS)
+        return Tools(
+            (LOSSLESS[Dtype(self.said["dtype"])], *LOSSY), EVERYTHING.chunks, DRAFTS, (None, WirePrecision.INT8)
+        )
 
     @property
     def draft(self) -> Draft | None:
@@ -262,7 +296,7 @@ class _Asked:
 
     def decides(self, edge: Edge) -> Policy:
         """Who decides, with patience and shadow as they were asked for."""
-        from splitwise_llm.cli.choice import Explained, Insisting
+        from splitwise_llm.cli.choice import Chunked, Explained, Insisting
 
         said = self.said
         patience = None if said["patience"] is None else float(said["patience"])  # as text: JSON has no infinity
@@ -270,10 +304,13 @@ class _Asked:
             partition = edge.partition(said["partition"] or "all:edge")
             draft = self.draft
             most = draft.most if draft and draft.by != "off" else 0
-            decision = Decision(partition, self._wire, said["chunk"] or None, most, shadow=said["shadow"])
+            prompt_wire = WirePrecision(said["prefill_wire"]) if said.get("prefill_wire") else None
+            decision = Decision(
+                partition, self._wire, said["chunk"] or None, most, shadow=said["shadow"], prefill_wire=prompt_wire
+            )
             if patience is not None:
                 decision = replace(decision, patience=patience)
-            decides: Policy = Always(decision)
+            decides: Policy = Always(decision) if said["chunk"] is not None else Chunked(Always(decision))
         else:
             decides = Insisting.where_asked(self._policy, patience, said["shadow"])
         return Explained(decides, self.policy_name or "--partition", edge.names, note) if self._explain else decides
@@ -285,13 +322,17 @@ async def _show(generation: Generation, asked: _Asked, json_file: Path | None, q
         generation.on_event = lambda kind, text: (
             None if kind in QUIET_EVENTS and not asked._explain else note(f"\n[{kind}] {text}")
         )
+    bar = PrefillBar(not quiet)
+    generation.on_prefill = bar.advance
     async with generation:
         for name, error in generation.unreachable.items() if asked.policy_name and not quiet else ():
             note(f"going on without {name}: {error}")
         try:
             async for token in generation:
+                bar.stop()
                 print(token.text, end="", flush=True)
         finally:
+            bar.stop()
             print()
             path = generation.status.journal_path
             if path and not generation.is_complete and not quiet:
@@ -322,6 +363,12 @@ def _summary(record: RequestRecord) -> str:
 def _absolute(place: str) -> str:
     """A path that still leads there from elsewhere; what is no path stays."""
     return str(Path(place).resolve()) if place and Path(place).exists() else place
+
+
+def _absolute_draft(draft: str) -> str:
+    """The same of a model with the format of its weights behind it."""
+    model, colon, weights = draft.rpartition(":")
+    return _absolute(draft) if Path(draft).exists() or not colon else f"{_absolute(model)}:{weights}"
 
 
 def _settled_file(option: str) -> str:

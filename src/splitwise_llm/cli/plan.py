@@ -270,6 +270,8 @@ def _text(decision: Decision | None, asked: _Asked) -> str:
     text = decision.partition.text(asked.names)
     if len(decision.partition.machines) > 1 and len(asked.observation.tools.wires) > 1:
         text += f", {decision.wire}"
+    if decision.prefill_wire:
+        text += f", {decision.prefill_wire} in prefill"
     if decision.prefill_chunk:
         text += f", chunks of {decision.prefill_chunk}"
     return text + (f", drafts {decision.draft}" if decision.draft else "")
@@ -347,5 +349,6 @@ def _data(one: Price, asked: _Asked) -> dict[str, Any]:
     """A price in SI units, its decision in words."""
     decision = one.decision
     how = {"wire": decision.wire, "prefill_chunk": decision.prefill_chunk, "draft": decision.draft}
+    how |= {"prefill_wire": decision.prefill_wire} if decision.prefill_wire else {}
     figures = {name: value for name, value in asdict(one).items() if name != "decision"}
     return {"partition": decision.partition.text(asked.names), **how, **figures}

@@ -132,7 +132,7 @@ class Seeker(Solver):
             raise refused or RequestError(
                 f"{said}; other partitions were not all tried in the time there was (--budget)"
             )
-        if len(self.tools.wires) * len(self.tools.chunks) * len(self.tools.drafts) > 1:
+        if len(self.tools.by_phase) * len(self.tools.chunks) * len(self.tools.drafts) > 1:
             found += self._driven([one.decision.partition for one in found], conditions, objective)
         solution = self._solution(found, answers)
         if fastest and not self.is_spent:
@@ -195,8 +195,12 @@ class Seeker(Solver):
     def _driven(self, partitions: Iterable[Partition], conditions: Form, objective: Objective) -> list[Choice]:
         """These partitions, driven in every way that is admissible."""
         chunks = [chunk for chunk in self.tools.chunks if chunk is None or chunk < self.job.prompt_tokens]
-        ways = list(product(self.tools.wires, chunks, self.tools.drafts))
-        decisions = [Decision(partition, *way) for partition in dict.fromkeys(partitions) for way in ways]
+        ways = list(product(self.tools.by_phase, chunks, self.tools.drafts))
+        decisions = [
+            Decision(partition, wire, chunk, draft, early)
+            for partition in dict.fromkeys(partitions)
+            for (wire, early), chunk, draft in ways
+        ]
         driven = (self._valued(decision, conditions, objective) for decision in decisions)
         return [choice for choice in driven if choice]
 

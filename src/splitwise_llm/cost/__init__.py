@@ -7,6 +7,7 @@
 | `measured` | what was measured on a machine, as such a source of times |
 | `accuracy` | nats per token that a lossy choice loses |
 | `drafting` | how many tokens to draft |
+| `chunking` | into how large pieces to cut a prompt |
 | `terms` | time as functions of conditions: the form in which a plan is priced once for any link and load |
 | `world` | what is priced: model, machines, links, request, drafter, tariff |
 | `bill` | a decision: seconds, joules, money, memory, nats, as forms |
@@ -17,6 +18,7 @@
 
 from splitwise_llm.cost.accuracy import NO_LOSS, Accuracy
 from splitwise_llm.cost.bill import Bill, bill, memory_bytes
+from splitwise_llm.cost.chunking import UNKNOWN_CHUNK, best_chunk
 from splitwise_llm.cost.counts import (
     assigned_kv_bytes,
     assigned_weight_bytes,
@@ -30,7 +32,7 @@ from splitwise_llm.cost.counts import (
     weight_bytes,
 )
 from splitwise_llm.cost.drafting import best_draft, tokens_per_round
-from splitwise_llm.cost.hosts import Host, UnitTimes, stage_seconds
+from splitwise_llm.cost.hosts import Host, Rows, UnitTimes, batch_seconds, stage_seconds
 from splitwise_llm.cost.limits import UNLIMITED, Floor, Limits, obstacle
 from splitwise_llm.cost.measured import Measured
 from splitwise_llm.cost.moving import Moving, moving, moving_from
@@ -41,6 +43,7 @@ from splitwise_llm.cost.world import Drafter, Job, Tariff, World
 __all__ = [
     "IDLE",
     "NO_LOSS",
+    "UNKNOWN_CHUNK",
     "UNLIMITED",
     "Accuracy",
     "Basis",
@@ -59,6 +62,7 @@ __all__ = [
     "Pair",
     "Price",
     "Prices",
+    "Rows",
     "Table",
     "Tariff",
     "UnitTimes",
@@ -66,6 +70,8 @@ __all__ = [
     "World",
     "assigned_kv_bytes",
     "assigned_weight_bytes",
+    "batch_seconds",
+    "best_chunk",
     "best_draft",
     "bill",
     "head_flop",

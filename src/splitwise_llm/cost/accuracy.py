@@ -7,7 +7,7 @@ small losses and is checked against whole-model measurements where the table is 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -43,6 +43,15 @@ class Accuracy:
         groups = self.wire.get(wire, ()) or (0.0,)
         return tuple(groups[min(half * len(groups) // (2 * layers), len(groups) - 1)] for half in range(2 * layers + 1))
 
+    def by_boundary(self, wires: Iterable[WirePrecision], layers: int) -> tuple[float, ...]:
+        """Loss of one crossing before each half layer, and after the last, where each precision is used in some phase.
+
+        The largest counts as if it were used throughout. For a lossy prefill that is cautious: nobody has measured how
+        much less a loss weighs that only the prompt's keys and values have.
+        """
+        each = [self.wire_by_boundary(wire, layers) for wire in wires]
+        return tuple(max(losses) for losses in zip(*each, strict=True))
+
     def of_weights(self, partition: Partition, forms: Sequence[Weights]) -> float:
         """Loss by the weight form of the machine (`forms[machine]`) that runs each unit."""
         layers, lost = len(partition.layers), 0.0
@@ -55,7 +64,7 @@ class Accuracy:
 
     def of_wire(self, plan: Plan, layers: int) -> float:
         """Loss by what crosses: the residual stream counts once per boundary, and so do the parts of a shared half."""
-        by_boundary = self.wire_by_boundary(plan.decision.wire, layers)
+        by_boundary = self.by_boundary(plan.decision.wires, layers)
         lost = 0.0
         for index, stage in enumerate(plan.stages):
             kinds = {move.kind for move in plan.moves_after(index)} & {Kind.RESIDUAL, Kind.PARTIAL}

@@ -147,10 +147,10 @@ class _Walk:
     def _hand_over(self) -> None:
         """The token reaches the device; the loop waits for it only if it starts there, else just for its sending."""
         for move in self.plan.moves:
-            if move.kind is Kind.TOKEN and (rows := self.plan.rows(move, self.step)):
+            if move.kind is Kind.TOKEN and self.plan.rows(move, self.step):
                 crossing = self._crossing(move)
                 if not self.step.is_prefill and self.plan.embed == self.plan.head:
-                    sending_s = self.world.hosts[move.src].sending_s(self.plan.payload_bytes(move, rows))
+                    sending_s = self.world.hosts[move.src].sending_s(self.plan.payload_bytes(move, self.step))
                     crossing = self.world.basis.form({0: sending_s})
                 self.critical.append(Delay.of([crossing]))
 
@@ -192,7 +192,7 @@ class _Walk:
     def _crossing(self, move: Move) -> Form:
         """Latency of a message, leg by leg; its bytes are counted."""
         basis, hosts = self.world.basis, self.world.hosts
-        size = self.plan.payload_bytes(move, self.plan.rows(move, self.step))
+        size = self.plan.payload_bytes(move, self.step)
         form = basis.form({})
         for src, dst in self.plan.legs(move.src, move.dst):
             self.bytes[src, dst] += size
@@ -254,7 +254,8 @@ def _decode(world: World, plan: Plan, job: Job) -> tuple[Delay, list[float], dic
     delay = walk.seconds
     if draft and world.drafter.model is not None:
         basis = world.basis
-        host = replace(world.hosts[plan.embed], measured=None)  # what was measured is another model's
+        host = world.hosts[plan.embed]  # what was measured is another model's
+        host = replace(host, measured=None, weights=world.drafter.weights or host.weights)
         seconds = draft * host.model_s(world.drafter.model, 1, job.mean_context)
         walk.busy_s[plan.embed] += seconds
         delay += Delay.of([basis.form({basis.slow(plan.embed): seconds})])
@@ -282,7 +283,8 @@ def memory_bytes(
     drafter = world.drafter.model
     if draft and drafter is not None and machine == partition.embed:
         whole = Partition.all_on(drafter, machine)
-        weights += counts.assigned_weight_bytes(drafter, whole, machine, host.dtype, host.weights)
+        theirs = world.drafter.weights or host.weights
+        weights += counts.assigned_weight_bytes(drafter, whole, machine, host.dtype, theirs)
         cache += counts.assigned_kv_bytes(drafter, whole, machine, host.dtype, positions)
     return weights + cache + buffers
 

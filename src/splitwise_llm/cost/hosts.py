@@ -5,7 +5,9 @@ It knows nothing of partitions, plans or links.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 from splitwise_llm.cost import counts
@@ -68,6 +70,20 @@ class Host:
         weight = counts.unit_weight_bytes(spec, part, self.dtype, self.weights)
         return self.stretch * self.device.seconds(flop, units * (weight + batch * (kv - weight)))
 
+    def rows_s(
+        self, spec: ModelSpec, part: Part, units: int, batch: Sequence[tuple[int, int]], rested: bool = False
+    ) -> float:
+        """`half_s` for sequences that differ: (new positions, context) of each."""
+        if self.measured is not None or len(batch) == 1:
+            rows, context = sum(rows for rows, _ in batch), max(context for _, context in batch)
+            return self.half_s(spec, part, units, rows, context, rested=rested)
+        flop = sum(counts.unit_flop(spec, part, rows, context) for rows, context in batch)
+        weight = counts.unit_weight_bytes(spec, part, self.dtype, self.weights)
+        cached = sum(
+            counts.unit_memory_bytes(spec, part, context, self.dtype, self.weights) - weight for _, context in batch
+        )
+        return self.stretch * self.device.seconds(units * flop, units * (weight + cached))
+
     def head_s(self, spec: ModelSpec, rows: int = 1, batch: int = 1, rested: bool = False) -> float:
         """Seconds of the output projection of `rows` positions of each of `batch` sequences."""
         if self.measured is not None:
@@ -97,6 +113,39 @@ class Host:
         """Seconds that sending a message keeps a loop that does not wait for its arrival: our engine's computes and
         sends in turn; a roofline's server is taken to send beside it."""
         return 0.0 if self.measured is None else self.measured.message_s(num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What one sequence brings to a batch: halves `start` to `stop`, whole, over `count` new positions that see up to
+    `context`, and how many of them pass the output projection."""
+
+    start: int
+    stop: int
+    count: int
+    context: int
+    head: int = 0
+
+
+def batch_seconds(spec: ModelSpec, host: Host, batch: Sequence[Rows], rested: bool = False) -> float:
+    """What a batch of sequences takes `host`, half by half: weights are read once for all that pass there, keys and
+    values once per sequence. Of one sequence, and of equal ones: what `stage_seconds` and `model_s` say.
+
+    Measured times know no batch: the rows count as one sequence's, at the longest context.
+    """
+    if not batch:
+        return 0.0
+    rested = rested or host.stretch != 1
+    total = host.stage_s(sum(rows.count for rows in batch), rested)
+    edges = sorted({edge for rows in batch for edge in (rows.start, rows.stop)})
+    for first, last in pairwise(edges):
+        here = [(rows.count, rows.context) for rows in batch if rows.start <= first and last <= rows.stop]
+        for half in range(first, last) if here else ():
+            part = Part.FFN if half % 2 else Part.ATTENTION
+            total += host.rows_s(spec, part, counts.units_in(spec, part), here, rested)
+    if projected := sum(rows.head for rows in batch):
+        total += host.head_s(spec, projected, rested=rested)
+    return total
 
 
 def stage_seconds(spec: ModelSpec, host: Host, stage: Stage, machine: int, step: Step, rested: bool = False) -> float:

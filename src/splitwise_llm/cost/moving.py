@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from splitwise_llm.cost.terms import Delay, Form
 from splitwise_llm.cost.world import World
-from splitwise_llm.decision import Decision
+from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.partition import Part, Partition
 from splitwise_llm.plan import DEVICE, TOKEN_ID_BYTES
 from splitwise_llm.rebuild import Carry, Fill, Gap, Holdings, Way, gaps
@@ -156,7 +156,9 @@ def _filling(world: World, new: Decision, fill: Fill) -> tuple[Form, list[float]
     machines do so in turn, and all shared halves but the last end with an exchange."""
     form, busy_s, crossed = world.basis.form({}), [0.0] * len(world.hosts), 0.0
     rows = fill.context - fill.start
-    stream = new.wire.payload_bytes(rows, world.spec.d_model)
+    # Streams of two precisions were kept: only fp32 holds both.
+    wire = new.wire_in(is_prefill=True) if fill.first == 0 or len(new.wires) == 1 else WirePrecision.FP32
+    stream = wire.payload_bytes(rows, world.spec.d_model)
     holders = [fill.feeder]
     if fill.first == 0:
         holders = [new.partition.embed]

@@ -13,7 +13,7 @@ from splitwise_llm.cost.terms import Basis, Form, Load, Pair
 from splitwise_llm.decision import Decision
 from splitwise_llm.errors import RequestError, SpecError
 from splitwise_llm.plan import DEVICE, Plan
-from splitwise_llm.spec import LinkSpec, ModelSpec
+from splitwise_llm.spec import LinkSpec, ModelSpec, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class Drafter:
     acceptance: float
     model: ModelSpec | None = None
     """A smaller model beside the embedding; None: lookup in the text so far, which costs nothing."""
+    weights: Weights | None = None
+    """Of that model; None: as the machine has the large one's."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.acceptance < 1:

@@ -50,6 +50,14 @@ class Run:
         return self.post.plan.loop_machine
 
     @property
+    def rounds(self) -> Sequence[tuple[int, int]]:
+        """Positions computed and tokens made in each decode step of a run that drafts, from where its loop is: streams
+        between two workers may never have come by here."""
+        if self.loop_machine == DEVICE:
+            return self.walker.rounds
+        return self.halted[self.loop_machine][0].rounds if self.loop_machine in self.halted else ()
+
+    @property
     def crossings(self) -> tuple[Crossings, ...]:
         """What all machines counted."""
         said = [halted for halted, _ in self.halted.values()]
@@ -60,7 +68,7 @@ class Run:
 
     def check(self) -> None:
         """Raise BrokenInvariant unless what was sent is what the plan says, for a run that was not disturbed."""
-        rounds = self.walker.rounds if self.post.plan.decision.draft else None
+        rounds = self.rounds if self.post.plan.decision.draft else None
         planned = self.post.plan.traffic(self.extent.known, len(self.depths), self.extent.start, rounds)
         if self.depths and self.crossings != planned:
             raise BrokenInvariant(f"run {self.extent.run} sent {self.crossings}, its plan says {planned}")

@@ -149,4 +149,5 @@ class Admission:
             seed=request.sampling.seed,
             element_loss=request.loss.probability,
             loss_seed=request.loss.seed,
+            priority=request.priority,
         )

@@ -30,7 +30,7 @@ from splitwise_llm.engine.telemetry import (
 )
 from splitwise_llm.engine.walk import Request
 from splitwise_llm.errors import RequestError, SplitwiseError
-from splitwise_llm.observation import Always, Observation, Occasion, Placement, Policy, Tools
+from splitwise_llm.observation import Always, Observation, Occasion, Placement, Policy, Tools, innermost
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.rebuild import Fill, Holdings, Way, gaps
@@ -91,7 +91,7 @@ class Controller:
     @property
     def is_asked_again(self) -> bool:
         """Whether the policy may want something else later on; one that was told its answer does not."""
-        return not isinstance(getattr(self.policy, "policy", self.policy), Always)
+        return not isinstance(innermost(self.policy), Always)
 
     def begins_alone(self, alone: Partition) -> bool:
         """Whether a silent network need not hold up the first token: the device may do it all, and workers may still

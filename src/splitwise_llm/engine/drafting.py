@@ -9,6 +9,7 @@ both models draw with the same noise.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
@@ -17,7 +18,7 @@ from splitwise_llm.cost import Drafter as PricedDrafter
 from splitwise_llm.cost import best_draft
 from splitwise_llm.decision import MAX_DRAFT
 from splitwise_llm.errors import RequestError
-from splitwise_llm.spec import ModelSpec
+from splitwise_llm.spec import ModelSpec, Weights
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,13 @@ FADES = 0.97
 SLOWER_SHARE = 0.15
 """Of a step, what each drafted token adds to it until that was measured."""
 
+PRICED_STEP = 0.05
+
 RECENT = 0.2
-"""Weight of the newest time in an average."""
+"""Share of a step's surprise that is believed."""
+
+STEADIER = 0.15
+"""What a drafted token adds wavers by so much of what the step without does: it is the link that changes."""
 
 RETRY_ROUNDS, RETRY_MOST = 8, 128
 """A drafter that did not pay is given another try after so many proposals, twice as many each time it fails."""
@@ -45,20 +51,40 @@ class Draft:
     """What a session is asked to draft with."""
 
     by: str = "ngram"
-    """`off`; `ngram`, lookup in the text so far; or the directory, name or hub id of a smaller model."""
+    """`off`; `ngram`, lookup in the text so far; `early`, the first layers of the model itself and its head; or the
+    directory, name or hub id of a smaller model."""
     most: int = 8
     """Tokens before each verifying step."""
     is_free: bool = True
     """Whether not to draft is one of the choices where it does not pay."""
+    weights: Weights = Weights.FULL
+    """Of a drafting model."""
+    layers: int = 0
+    """Of `early`."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.most <= MAX_DRAFT:
             raise RequestError(f"{self.most} drafted tokens at most; expected 1 to {MAX_DRAFT}")
+        if (self.by == "early") != (self.layers > 0):
+            raise RequestError(f"{self.by!r} is to draft with {self.layers} early layers; write it as in early:2")
 
     @classmethod
     def parse(cls, text: str, most: int) -> Self:
-        """From `off`, `auto`, `ngram` or a model. Raises RequestError."""
-        return cls("ngram" if text == "auto" else text, most, is_free=text == "auto")
+        """From `off`, `auto`, `ngram`, `early:N`, or a model, as in `DIR` or `DIR:int4`. Raises RequestError."""
+        name, _, layers = text.partition(":")
+        if name == "early":
+            count = int(layers) if layers.isascii() and layers.isdigit() else 0
+            return cls(name, most, is_free=False, layers=count)
+        if text in ("off", "auto", "ngram"):
+            return cls("ngram" if text == "auto" else text, most, is_free=text == "auto")
+        model, weights = cls.model_and_weights(text)
+        return cls(model, most, is_free=False, weights=weights)
+
+    @staticmethod
+    def model_and_weights(text: str) -> tuple[str, Weights]:
+        """What stands before and behind the last colon, where that is a format of weights."""
+        model, _, weights = text.rpartition(":")
+        return (model, Weights(weights)) if model and weights in list(Weights) else (text, Weights.FULL)
 
 
 class Drafter(Protocol):
@@ -179,15 +205,17 @@ class Pace:
             self._patience = RETRY_ROUNDS
 
     def took(self, proposed: int, seconds: float) -> None:
-        """A step of so many drafted tokens is over."""
-        if not proposed:
-            self.base_s = _mixed(self.base_s, seconds)
-        elif self.base_s is not None:
-            self.token_s = _mixed(self.token_s, max(seconds - self.base_s, 0.0) / proposed)
-
-
-def _mixed(average: float | None, newest: float) -> float:
-    return newest if average is None else (1 - RECENT) * average + RECENT * newest
+        """A step of so many drafted tokens is over. What was not expected of it is shared out between the two times, as
+        far as each may have caused it (normalised least mean squares): so a link that got slower is no costlier draft,
+        though every step has one."""
+        if self.base_s is None:
+            self.base_s = seconds / (1 + SLOWER_SHARE * proposed)
+        if self.token_s is None:
+            self.token_s = SLOWER_SHARE * self.base_s
+        believed_s = RECENT * (seconds - self.base_s - proposed * self.token_s)
+        causes = 1 + (STEADIER * proposed) ** 2
+        self.base_s = max(self.base_s + believed_s / causes, 0.0)
+        self.token_s = max(self.token_s + believed_s * proposed * STEADIER**2 / causes, 0.0)
 
 
 Compute = Callable[[Callable[[], Sequence[int]]], Awaitable[Sequence[int]]]
@@ -206,6 +234,8 @@ class Drafting:
     """Runs what is not light on the thread that computes."""
     model: ModelSpec | None = None
     """Of the drafter, if it is a model: so that it can be priced."""
+    weights: Weights = Weights.FULL
+    """Of that model."""
     failed: str = ""
     """Why nothing is proposed any more; empty while it is."""
     proposed: int = 0
@@ -218,12 +248,13 @@ class Drafting:
 
     @property
     def as_priced(self) -> PricedDrafter:
-        """As the cost model knows it."""
-        return PricedDrafter(min(self.pace.effective_acceptance, 0.99), self.model)
+        """As the cost model knows it, in steps: plans are priced anew for each figure."""
+        steps = round(self.pace.effective_acceptance / PRICED_STEP)
+        return PricedDrafter(min(steps * PRICED_STEP, 1 - PRICED_STEP), self.model, self.weights)
 
     async def propose(self, ids: Sequence[int], room: int) -> tuple[int, ...]:
-        """The tokens to verify after these, at most `room`. A drafter that fails is done with; what is no id ends a
-        proposal."""
+        """The tokens to verify after these, at most `room`. A drafter that fails is done with, and so is one whose
+        proposals are no ids."""
         self._guess = ()
         if self.failed or room < 1:
             return ()
@@ -234,21 +265,23 @@ class Drafting:
             else:
                 most = self.pace.most(most) or int(most > 0 and self.pace.retries())
                 found = await self._computed(text, most) if most else ()
+            self._guess = self._ids(found)
         except Exception as error:  # a stranger's code; without it the text is the same
             log.warning("drafting ends", exc_info=error)
             self.failed = f"{type(error).__name__}: {error}"
             return ()
-        wrong = next((n for n, one in enumerate(found) if not self._is_id(one)), len(found))
-        self._guess = tuple(found[:wrong])
-        return self._guess[: min(most, self.pace.most(wrong) if self.drafter.is_light else wrong)]
+        return self._guess[: min(most, self.pace.most(len(self._guess))) if self.drafter.is_light else most]
 
     async def _computed(self, text: Sequence[int], most: int) -> Sequence[int]:
         if self.compute is None:
             return self.drafter.propose(text, most)
         return await self.compute(lambda: self.drafter.propose(text, most))
 
-    def _is_id(self, one: object) -> bool:
-        return isinstance(one, int) and 0 <= one < self.vocabulary
+    def _ids(self, found: Sequence[int]) -> tuple[int, ...]:
+        """The ids of a proposal, up to the first that the model does not have: a smaller one may have more. Raises
+        TypeError for what is no id of any."""
+        ids = tuple(operator.index(one) for one in found)
+        return ids[: next((n for n, one in enumerate(ids) if not 0 <= one < self.vocabulary), MAX_DRAFT)]
 
     def judged(self, drafted: Sequence[int], made: Sequence[int], seconds: float) -> None:
         """A round is over: these tokens followed."""

@@ -15,6 +15,7 @@ from splitwise_llm.cost import UNLIMITED, Host, Limits
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.boundaries import Boundaries
+from splitwise_llm.engine.direct import DirectLinks
 from splitwise_llm.engine.drafting import Compute, Draft, Drafting, Lookup, Pace
 from splitwise_llm.engine.generation import Device, Generation
 from splitwise_llm.engine.hosted import KEPT_BYTES
@@ -28,7 +29,7 @@ from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.drafter import ModelDrafter
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.tokenizer import Tokenizer
-from splitwise_llm.observation import Always, Policy, Tools
+from splitwise_llm.observation import Always, Policy, Tools, innermost
 from splitwise_llm.partition import NAME, Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.spec import DeviceSpec, Dtype, Weights
@@ -44,13 +45,16 @@ from splitwise_llm.wire.shaped import ShapedLink
 from splitwise_llm.wire.shaper import LinkShape
 
 EDGE = "edge"
+PRIORITY = "priority"
+"""A journal's option: who resumes asks for the same session."""
 
 
 class Edge:
     """A device with a model and the names of the workers it can reach. Closing it closes its machine.
 
     `direct` gives, for a pair of workers with a link of their own, the address at which the first reaches
-    the second; `rates` what links carry as far as one knows, by worker, or by two workers as in `cloud+third`.
+    the second, `turned` where the second would reach the first, should the first not get through;
+    `rates` what links carry as far as one knows, by worker, or by two workers as in `cloud+third`.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Edge:
         connect: Connect | None = None,
         direct: Mapping[tuple[str, str], str] | None = None,
         rates: Mapping[str, Rates] | None = None,
+        turned: Mapping[tuple[str, str], str] | None = None,
     ) -> None:
         if EDGE in workers or len(set(workers)) != len(workers):
             raise RequestError(f"machine names must differ from each other and from '{EDGE}': {', '.join(workers)}")
@@ -73,8 +78,9 @@ class Edge:
             raise RequestError("a direct link joins two different workers, and each pair is named once")
         tokenizer = Tokenizer(machine.checkpoint.directory)
         known = dict(self._rates(link, said, pairs) for link, said in (rates or {}).items())
+        back = {(self._number(b), self._number(a)): address for (b, a), address in (turned or {}).items()}
+        self._device = Device(machine, tokenizer, self.names, connect or _nowhere, DirectLinks(pairs, back), known)
         self._paces: dict[Draft, Pace] = {}
-        self._device = Device(machine, tokenizer, self.names, connect or _nowhere, pairs, known)
 
     def __enter__(self) -> Self:
         return self
@@ -124,6 +130,7 @@ class Edge:
         journal: Path | None = None,
         options: Mapping[str, object] | None = None,
         draft: Draft | None = None,
+        priority: int = 0,
     ) -> Generation:
         """One generation, to be entered as a context and iterated. `policy` may be a partition or its text;
         `choose` replaces sampling, where the head is on the device.
@@ -132,6 +139,7 @@ class Edge:
         what loses nothing). `rules` say how long a lost worker is waited for and tried again; `journal` is a file that
         another process can go on from, with `options` for it. `draft` says who proposes tokens for several positions to
         be computed at a time; None: lookup in the text where a policy decides how much of it, else nobody.
+        `priority` (0 to 3) is how often prompts get a turn where many sessions share a worker.
 
         Raises UserError now; entering it raises what opening the session meets.
         """
@@ -140,7 +148,7 @@ class Edge:
         if any(not 0 <= token < spec.vocab_size for token in ids):
             raise RequestError(f"the prompt has token ids outside the model's vocabulary of {spec.vocab_size}")
         stops = self.machine.checkpoint.stop_ids if stop_ids is None else stop_ids
-        request = Request(len(ids), max_new_tokens, frozenset(stops), sampling or GREEDY, loss or NO_LOSS)
+        request = Request(len(ids), max_new_tokens, frozenset(stops), sampling or GREEDY, loss or NO_LOSS, priority)
         request.check(spec.max_context)
         entry = Entry(
             session=uuid.uuid4().hex,  # whoever knows it may join, so it is not short
@@ -153,7 +161,7 @@ class Edge:
             loss=request.loss,
             dtype=self.machine.dtype,
             weights=self.machine.weights,
-            options=dict(options or {}),
+            options=dict(options or {}) | ({PRIORITY: priority} if priority else {}),
         )
         decides = self._policy(policy, draft)
         drafting = self._drafting(decides, draft, request)
@@ -189,8 +197,9 @@ class Edge:
         check(saved, self.machine.checkpoint.fingerprint, PROTOCOL_VERSION)
         entry = saved.entry
         request = Request(
-            len(entry.prompt), entry.max_new_tokens, frozenset(entry.stop_ids), entry.sampling, entry.loss
-        )
+            len(entry.prompt), entry.max_new_tokens, frozenset(entry.stop_ids), entry.sampling, entry.loss,
+            int(str(entry.options.get(PRIORITY, 0))),
+        )  # fmt: skip
         decides = self._policy(policy, draft)
         drafting = self._drafting(decides, draft, request)
         journal = Journal.continue_from(saved, path, Boundaries(self.machine.spec.d_model, KEPT_BYTES))
@@ -209,7 +218,7 @@ class Edge:
     def _drafting(self, policy: Policy, draft: Draft | None, request: Request) -> Drafting | None:
         """Who proposes tokens for a session on this device; None: nobody. What was right in earlier texts is what is
         expected of the next. Raises ModelError, RequestError."""
-        decided = getattr(policy, "policy", policy)
+        decided = innermost(policy)
         if draft is None and isinstance(decided, Always):
             draft = Draft(most=decided.decision.draft, is_free=False) if decided.decision.draft else None
         elif draft is None:
@@ -220,18 +229,25 @@ class Edge:
         pace = self._paces.setdefault(draft, Pace(least=0 if draft.is_free else 1))
         if draft.by == "ngram":
             return Drafting(Lookup(), machine.spec.vocab_size, pace, draft.most)
-        checkpoint = Checkpoint(locate(draft.by))
-        drafter = ModelDrafter(checkpoint, machine.checkpoint, capacity, request.sampling, machine.dtype)
-        return Drafting(drafter, machine.spec.vocab_size, pace, draft.most, self._on_its_thread(drafter), drafter.spec)
+        checkpoint, weights, layers = machine.checkpoint, machine.weights, draft.layers or None
+        if layers is None:
+            checkpoint, weights = Checkpoint(locate(draft.by)), draft.weights
+        drafter = ModelDrafter(
+            checkpoint, machine.checkpoint, capacity, request.sampling, machine.dtype, weights, layers
+        )  # fmt: skip
+        compute = self._on_its_thread(drafter, weights)
+        return Drafting(drafter, machine.spec.vocab_size, pace, draft.most, compute, drafter.spec, weights)
 
-    def _on_its_thread(self, drafter: ModelDrafter) -> Compute:
+    def _on_its_thread(self, drafter: ModelDrafter, weights: Weights) -> Compute:
         """Runs a drafting model between the pieces of the large one; an emulated device takes its time for it, too."""
 
         async def compute(work: Callable[[], Sequence[int]]) -> Sequence[int]:
             made: list[int] = []
 
             def predicted(device: DeviceSpec) -> float:
-                return len(made) * Host(device, self.machine.dtype).model_s(drafter.spec, 1, drafter.num_cached)
+                return len(made) * Host(device, self.machine.dtype, weights).model_s(
+                    drafter.spec, 1, drafter.num_cached
+                )
 
             def noted() -> Sequence[int]:
                 made.extend(work())
@@ -263,6 +279,8 @@ class LinkTo:
             raise RequestError(f"a link was described to {min(unknown)!r}, which is no machine of this call")
         self._clocks: dict[str, LinkClock] = {}
         """One per shaped link: its trace and its outages go on while it is made anew."""
+        self._open: dict[str, list[ShapedLink]] = {}
+        """Of each shaped link, what generations side by side have open: together they get its rate once."""
         self._faults = FaultyConnect(self._dial, {name: Faults(one) for name, one in (faults or {}).items()})
 
     @property
@@ -279,7 +297,10 @@ class LinkTo:
             return link
         if name not in self._clocks:
             self._clocks[name] = LinkClock()
-        return ShapedLink(link, self._shapes[name], self._clocks[name])
+        others = [one for one in self._open.get(name, []) if not one.is_closed]
+        shaped = ShapedLink(link, self._shapes[name], self._clocks[name], beside=others[0] if others else None)
+        self._open[name] = [*others, shaped]
+        return shaped
 
     def close(self) -> None:
         """End the clocks of shaped links."""
@@ -302,8 +323,8 @@ def edge_with(
 ) -> Edge:
     """The device end of a model (`bundled`, a directory or a hub id) with workers at `host:port`, by name.
 
-    `direct` names pairs of workers that reach each other, the second at the address given for it here; `rates` come
-    before those of the shapes.
+    `direct` names pairs of workers that reach each other, the second at the address given for it here, or else the
+    first; `rates` come before those of the shapes.
     Close it, or use it as a context manager. Raises ModelError, RequestError.
     """
     reach = workers if isinstance(workers, LinkTo) else LinkTo(workers)
@@ -312,5 +333,7 @@ def edge_with(
         checkpoint, dtype=dtype, weights=weights, threads=threads, memory_bytes=memory_bytes, emulate=emulate,
         profile=profile,
     )  # fmt: skip
-    pairs = {(a, b): reach.addresses.get(b, "") for a, b in direct}
-    return Edge(machine, tuple(reach.addresses), reach, pairs, reach.rates | dict(rates or {}))
+    named = tuple(direct)
+    pairs = {(a, b): reach.addresses.get(b, "") for a, b in named}
+    turned = {(b, a): reach.addresses.get(a, "") for a, b in named}
+    return Edge(machine, tuple(reach.addresses), reach, pairs, reach.rates | dict(rates or {}), turned)

@@ -15,6 +15,7 @@ from splitwise_llm import plan as plans
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.engine.account import Account
 from splitwise_llm.engine.controller import Controller
+from splitwise_llm.engine.direct import DirectLinks
 from splitwise_llm.engine.journal import Journal
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.peer import Peer
@@ -39,8 +40,8 @@ class Filling:
 
     machine: Machine
     names: tuple[str, ...]
-    addresses: Mapping[tuple[int, int], str]
-    """Of direct links."""
+    links_between: DirectLinks
+    """Of workers."""
     request: Request
     journal: Journal
     peers: dict[int, Peer]
@@ -103,18 +104,25 @@ class Filling:
                 await self._close(way, decision)
 
     def direct(self, partition: Partition) -> dict[tuple[int, int], str]:
-        """The direct links between machines of a partition."""
-        return {pair: address for pair, address in self.addresses.items() if set(pair) <= set(partition.machines)}
+        """The direct links between machines of a partition, as they are now: a run keeps to those it began with."""
+        return self.links_between.among(partition.machines)
 
     def begin(
-        self, number: int, plan: Plan, extent: Extent, fill: Fill | None = None, last: Sequence[int] = ()
+        self,
+        number: int,
+        plan: Plan,
+        extent: Extent,
+        direct: Mapping[tuple[int, int], str],
+        fill: Fill | None = None,
+        last: Sequence[int] = (),
     ) -> Begin:
-        """What a worker is told of a run."""
-        decision, direct = plan.decision, self.direct(plan.decision.partition)
+        """What a worker is told of a run that was planned over these direct links."""
+        decision = plan.decision
         return Begin(
             run=extent.run,
             partition=decision.partition.to_bytes(),
             wire=decision.wire,
+            prefill_wire=decision.prefill_wire or "",
             prefill_chunk=decision.prefill_chunk or 0,
             start=extent.start,
             known=extent.known,
@@ -127,6 +135,14 @@ class Filling:
             direct=list(direct),
             dial={second: address for (first, second), address in direct.items() if first == number},
         )
+
+    def apart(self, first: int, second: int, why: str) -> None:
+        """A worker does not reach another one: the other dials it, or the device passes on what is between them."""
+        left = self.links_between.failed((first, second))
+        self.controller.direct = self.links_between.pairs
+        names = self.names
+        instead = f"{names[left[0]]} dials {names[left[1]]} instead" if left else "the device passes on what is between"
+        self.tell("no-direct", f"{why}; {instead}")
 
     def expect(self, workers: tuple[int, ...], decision: Decision, extent: Extent) -> None:
         """The first answers of a run are awaited."""
@@ -144,7 +160,7 @@ class Filling:
     async def _fill(self, fill: Fill, decision: Decision) -> None:
         """Walk an excerpt of a plan on all machines that it concerns. Raises SplitwiseError."""
         wire = next(iter(self.wires)) if len(self.wires) == 1 else WirePrecision.FP32
-        decision = replace(decision, wire=wire if fill.first else decision.wire)
+        decision = replace(decision, wire=wire, prefill_wire=None) if fill.first else decision
         partition, feeder = decision.partition, fill.feeder if fill.first else None
         spec, num_machines = self.machine.spec, len(self.names)
         last = self._lacking(fill, partition)
@@ -152,7 +168,7 @@ class Filling:
         plan = plans.excerpt(decision, spec, num_machines, direct, fill.first, fill.stop, feeder, last)
         extent = Extent(self.next_run(), fill.start, fill.context, 0)
         self._count(fill, partition, last)
-        share = await self.shares.filling(partition, fill.start, plan.cached_halves(DEVICE))
+        share = await self.shares.filling(partition, fill.start, fill.context, plan.cached_halves(DEVICE))
         post = Post(DEVICE, plan, extent, self.links, self.names)
         walker = Walker(
             plan, self.request, share, self.machine, post, ids=self.journal.ids, kept=self.journal.boundaries
@@ -167,7 +183,7 @@ class Filling:
         try:
             self.expect(workers, decision, extent)
             for number in workers:
-                await self.peers[number].send(self.begin(number, plan, extent, fill, last))
+                await self.peers[number].send(self.begin(number, plan, extent, direct, fill, last))
             async with asyncio.timeout(self.controller.stuck_s(decision, extent)):
                 await asyncio.gather(walking, *filled)
             for number in workers:  # which says what the worker holds now
@@ -189,7 +205,14 @@ class Filling:
         what = f"halves {fill.first} to {fill.stop}, positions {fill.start} to {fill.context}"
         self.account.fills.append(
             RunRecord(
-                extent.run, partition.text(self.names), decision.wire, fill.start, fill.context, 0, at_s, f"fill {what}"
+                extent.run,
+                partition.text(self.names),
+                decision.wire_in(is_prefill=True),
+                fill.start,
+                fill.context,
+                0,
+                at_s,
+                f"fill {what}",
             )
         )
         self.tell("fill", f"computed {what} again on {' and '.join(self.names[m] for m in sorted(involved))}")

@@ -23,6 +23,7 @@ from splitwise_llm.engine.admission import Admission
 from splitwise_llm.engine.background import Background
 from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.controller import Controller
+from splitwise_llm.engine.direct import DirectLinks
 from splitwise_llm.engine.drafting import Drafting
 from splitwise_llm.engine.failover import Failover
 from splitwise_llm.engine.filling import Filling
@@ -68,8 +69,8 @@ class Device:
     names: tuple[str, ...]
     """Of machines 0 (this one), 1, ..."""
     connect: Connect
-    direct: Mapping[tuple[int, int], str]
-    """For a pair of workers with a link of their own, the address at which the first reaches the second."""
+    direct: DirectLinks
+    """Between workers."""
     rates: Mapping[tuple[int, int], Rates]
     """Of links, lower number first, as far as they are known."""
 
@@ -107,10 +108,9 @@ class Generation:
         self._shares = Shares(
             device.machine, device.names[DEVICE], DEVICE, request.prompt_tokens + request.max_new_tokens
         )
-        direct = frozenset((min(pair), max(pair)) for pair in device.direct)
         self._controller = Controller(
-            device.machine, device.names, dict(device.rates), direct, policy, request, limits, tools, self._shares.fits,
-            drafting,
+            device.machine, device.names, dict(device.rates), device.direct.pairs, policy, request, limits, tools,
+            self._shares.fits, drafting,
         )  # fmt: skip
         self._tokens: asyncio.Queue[Token | None] = asyncio.Queue()
         self._stream = TextStream(device.tokenizer)
@@ -120,10 +120,14 @@ class Generation:
         self._begun_at = len(journal.ids)
         """Ids there were when this process began with it."""
         self._is_fresh = self._begun_at == request.prompt_tokens
+        self._num_apart = 0
+        """So often two workers did not reach each other."""
         self._precision = ""
         self._record: RequestRecord | None = None
         self.on_event: Callable[[str, str], object] | None = None
         """Told of what happens besides tokens (kind, text), as it happens."""
+        self.on_prefill: Callable[[int, int], object] | None = None
+        """Told how many positions of the prompt, of how many, this device is done with."""
         self._account = Account(device.names, called)
         self._runs = self._account.runs
         self._background = Background(self._tell)
@@ -141,8 +145,9 @@ class Generation:
         )  # fmt: skip
         self._filling.patient = self._failover.patient
         self._halting = Halting(
-            device.machine, rules, self._peers, self._office, self._controller, self._background, lambda: self.decision
-        )
+            device.machine, rules, self._peers, self._office, self._controller, self._background, lambda: self.decision,
+            self._silent,
+        )  # fmt: skip
         self._moving = Moving(
             device.names, journal, self._peers, self._controller, self._account, self._filling, self._failover,
             self._halting, self._background, self._tell, self._admission.open_sessions,
@@ -241,7 +246,7 @@ class Generation:
             run = None
             if not self._is_over and not self._admission.misses:
                 await self._admission.open_sessions(self.decision.partition)
-                run = await self._begin("admission" if self._is_fresh else "resume", first=True)
+                run = await self._begin_first("admission" if self._is_fresh else "resume")
         except BaseException:
             await self._leave()
             if self._is_fresh:
@@ -316,6 +321,18 @@ class Generation:
             await self._background.stop_all()
             self._tokens.put_nowait(None)
 
+    async def _begin_first(self, why: str) -> Run:
+        """The first run, of whose failures its caller hears; but where only two workers do not reach each other, it is
+        begun again without their link. Raises SplitwiseError."""
+        while True:
+            apart = self._num_apart
+            try:
+                return await self._begin(why, first=True)
+            except PeerError:
+                if self._num_apart == apart:
+                    raise
+                self._office.close(self._filling.last_run)
+
     async def _begin(self, why: str, first: bool = False) -> Run:
         """Fill what the partition lacks, and begin a run of it. Raises SplitwiseError."""
         decision, known, filling, names = self.decision, len(self.ids), self._filling, self._device.names
@@ -333,20 +350,24 @@ class Generation:
             plan, self._request, share, self._device.machine, post, ids=self.ids, on_token=self._take,
             choose=self._choose, kept=self._journal.boundaries, taps=self._taps(decision.partition),
             drafting=self._controller.begin_drafting(decision) if plan.loop_machine == DEVICE else None,
+            on_chunk=lambda done: self.on_prefill(done, known) if self.on_prefill else None,
         )  # fmt: skip
         post.keep = walker.keep
         run = Run(decision, walker, post, workers, time.monotonic() - self._account.start_s, why)
-        filling.wires.add(decision.wire)
+        filling.wires |= decision.wires
         self._note_precision(decision)
         text = decision.partition.text(names)
+        wire, early = decision.wire, decision.prefill_wire
         self._journal.decide(
-            Decided(extent.run, text, decision.wire, decision.prefill_chunk, start, why, draft=decision.draft)
+            Decided(
+                extent.run, text, wire, decision.prefill_chunk, start, why, draft=decision.draft, prefill_wire=early
+            )
         )
         self._halting.is_due.clear()
         await self._office.open(post)
         begun = [self._peers[n].answer(Begun, extent.run) for n in workers]
         for number in workers:
-            await self._peers[number].send(filling.begin(number, plan, extent))
+            await self._peers[number].send(filling.begin(number, plan, extent, direct))
         if first:  # loading is no part of the time to the first token
             await asyncio.gather(*begun)
         self._runs.append(run)
@@ -382,7 +403,7 @@ class Generation:
         used = {formats[n] for n in decision.partition.machines if n in formats}
         now = " and ".join(sorted(f"{dtype} with {weights} weights" for dtype, weights in used))
         if len(decision.partition.machines) > 1:
-            now += f", {decision.wire} on the wire"
+            now += f", {_wires(decision)} on the wire"
         elif self._precision.startswith(now):  # nothing crosses
             now = self._precision
         if self._precision not in ("", now) and not now.startswith(self._precision):
@@ -441,6 +462,17 @@ class Generation:
         """One run has failed there."""
         self._office.fail(error if isinstance(error, PeerError) else WorkerFailed(str(error)), run)
 
+    def apart(self, number: int, other: int, why: str) -> None:
+        """The next run does without that link."""
+        self._num_apart += 1
+        self._filling.apart(number, other, why)
+
+    def _silent(self, run: Run, why: str) -> None:
+        """Machines that answer make nothing together: perhaps two of them do not hear each other."""
+        for first, second in self._filling.direct(run.decision.partition):
+            self._device.direct.failed((second, first))
+            self.apart(first, second, f"{why}: perhaps two of them do not hear each other")
+
     def asked(self, number: int, why: str) -> None:
         """A worker came back, is given up, or was waited for long enough."""
         greeted = self._peers[number].greeted
@@ -479,7 +511,7 @@ class Generation:
                             self._account.peak_memory_bytes[peer.number] = answer.peak_memory_bytes
         self._journal.finish("stop" if self.ids[-1] in self._request.stop_ids else "length")
         self._account.peak_memory_bytes[DEVICE] = peak_memory_bytes()
-        self._account.is_degraded |= len(self._filling.wires) > 1
+        self._account.is_degraded |= len({_wires(run.decision) for run in self._runs}) > 1
         emulated = {n: peer.greeted.welcome.emulated for n, peer in self._peers.items() if peer.greeted}
         emulated[DEVICE] = self._device.machine.emulated
         made = len(self.ids) - self._begun_at
@@ -495,3 +527,8 @@ class Generation:
         await asyncio.to_thread(self._journal.close)  # it waits for the disk
         for_good = bool(self._journal.finished) or self._journal.path is None
         await asyncio.gather(*(peer.leave(for_good) for peer in self._peers.values()), return_exceptions=True)
+
+
+def _wires(decision: Decision) -> str:
+    early = decision.prefill_wire
+    return f"{decision.wire} ({early} in prefill)" if early else str(decision.wire)

@@ -37,6 +37,8 @@ class Halting:
     background: Background
     upcoming: Callable[[], Decision]
     """What the next run will be of."""
+    silent: Callable[[Run, str], None]
+    """Told of a run that makes nothing, though its machines answer."""
     current: Run | None = None
     """The run that is under way."""
     is_due: asyncio.Event = field(default_factory=asyncio.Event)
@@ -80,6 +82,7 @@ class Halting:
             done, _ = await asyncio.wait(either, timeout=most_s, return_when=asyncio.FIRST_COMPLETED)
             if not done and len(run.depths) == made:
                 error = LinkDied(f"no token came for {most_s:.0f} s, though every machine answers")
+                self.silent(run, str(error))
                 self.office.fail(error, run.extent.run)
 
     async def _halt_walk(self, run: Run, walking: asyncio.Task[None]) -> bool:

@@ -22,7 +22,15 @@ from splitwise_llm.engine.memory import peak_memory_bytes
 from splitwise_llm.engine.post import Extent, Office, Post
 from splitwise_llm.engine.shares import Shares
 from splitwise_llm.engine.walk import Choose, Request, Walker
-from splitwise_llm.errors import LinkDied, ProtocolError, RequestError, SplitwiseError, WorkerFailed
+from splitwise_llm.errors import (
+    LinkDied,
+    MemoryTooSmall,
+    ProtocolError,
+    RequestError,
+    SplitwiseError,
+    Unreachable,
+    WorkerFailed,
+)
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.share import Share
 from splitwise_llm.partition import NAME, Partition
@@ -57,9 +65,19 @@ from splitwise_llm.wire.messages import (
 log = logging.getLogger(__name__)
 KEPT_BYTES = 64 * 2**20
 """Of residual streams, per session; what was dropped is computed again from the ids."""
+MAX_ORDERS = 256
+"""That wait to be obeyed; data and pings behind more of them wait, too."""
 JOINING_S = 10.0
 Advertise = Callable[[], dict[str, float | int | str | None]]
 """How the machine is, an `Advert` field by field."""
+
+
+class _NoWay(Unreachable):
+    """Another worker is not reached directly; the device may find a way round."""
+
+    def __init__(self, message: str, machine: int) -> None:
+        super().__init__(message)
+        self.machine = machine
 
 
 @dataclass(slots=True)
@@ -90,6 +108,7 @@ class Hosted:
             frozenset(opening.stop_ids),
             Sampling(opening.temperature, opening.top_k, opening.top_p, opening.seed),
             ElementLoss(opening.element_loss, opening.loss_seed),
+            opening.priority,
         )
         self._links: dict[int, Link] = {}
         self._office = Office()
@@ -180,7 +199,7 @@ class Hosted:
         """Say what is held, then take frames until the link ends. Orders are obeyed one after the other; data and
         pings wait for none of them."""
         await link.send(pack(Opened(known, *self._holds())))
-        orders: asyncio.Queue[tuple[Header, memoryview]] = asyncio.Queue()
+        orders: asyncio.Queue[tuple[Header, memoryview]] = asyncio.Queue(MAX_ORDERS)
         both = [asyncio.create_task(self._listen(link, orders, advert)), asyncio.create_task(self._obey(link, orders))]
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -207,7 +226,7 @@ class Hosted:
                     raise ProtocolError(f"the device gave up: {header.message}")
                 case _:
                     self._is_over = self._is_over or isinstance(header, Close)  # though nobody waits for the answer
-                    orders.put_nowait((header, payload))
+                    await orders.put((header, payload))  # who sends more than are obeyed is read no further
         log.info("%s left", link.peer)
 
     async def _obey(self, link: Link, orders: asyncio.Queue[tuple[Header, memoryview]]) -> None:
@@ -242,8 +261,12 @@ class Hosted:
                 await self._stop_runs()
             share = await self._share(plan, extent, begin)
             await self._reach(begin)
+        except _NoWay as error:
+            await link.send(pack(Failed(Unreachable.__name__, str(error), run=begin.run, machine=error.machine)))
+            return
         except SplitwiseError as error:
-            await link.send(pack(Failed(type(error).__name__, str(error), run=begin.run)))
+            after_s = error.retry_after_s if isinstance(error, MemoryTooSmall) else None
+            await link.send(pack(Failed(type(error).__name__, str(error), after_s, run=begin.run)))
             return
         post = Post(self.number, plan, extent, self._links, self.opening.names)
         walker = Walker(
@@ -265,15 +288,19 @@ class Hosted:
                 raise ProtocolError(f"machine {machine} is not to be dialled by machine {self.number}")
         if len(pairs) < len(begin.direct) or any(len(p) < 2 or max(p) >= num_machines for p in pairs):
             raise ProtocolError(f"direct links {begin.direct} name a pair twice, or machines that are not there")
-        if begin.wire not in list(WirePrecision):
-            raise RequestError(f"unknown wire precision {begin.wire!r}; known are {', '.join(WirePrecision)}")
+        for wire in (begin.wire, begin.prefill_wire or begin.wire):
+            if wire not in list(WirePrecision):
+                raise RequestError(f"unknown wire precision {wire!r}; known are {', '.join(WirePrecision)}")
         if not begin.start < begin.known or begin.known + max(begin.tokens - 1, 0) > self.opening.capacity:
             raise ProtocolError(
                 f"positions {begin.start} to {begin.known} and {begin.tokens} tokens are no run of a session of "
                 f"{self.opening.capacity} positions"
             )
         partition = Partition.from_bytes(begin.partition, spec)
-        decision = Decision(partition, WirePrecision(begin.wire), begin.prefill_chunk or None, begin.draft)
+        decision = Decision(
+            partition, WirePrecision(begin.wire), begin.prefill_chunk or None, begin.draft,
+            WirePrecision(begin.prefill_wire) if begin.prefill_wire else None,
+        )  # fmt: skip
         extent = Extent(begin.run, begin.start, begin.known, begin.tokens)
         if begin.tokens:
             return plans.compile(decision, spec, num_machines, begin.direct), extent
@@ -285,32 +312,40 @@ class Hosted:
         """The share of a run, cut to where it begins. Raises MemoryTooSmall, ModelError, ProtocolError."""
         partition = plan.decision.partition
         if extent.tokens == 0:
-            return await self._shares.filling(partition, extent.start, plan.cached_halves(self.number))
+            return await self._shares.filling(partition, extent.start, extent.known, plan.cached_halves(self.number))
         share = await self._shares.begin(partition, extent.start)
         self._kept.truncate(extent.known)  # streams of tokens that never came to the device are nobody's
         return share
 
     async def _reach(self, begin: Begin) -> None:
-        """Open the direct links this worker is to open. Raises PeerError."""
+        """Open the direct links this worker is to open. Raises _NoWay."""
         for machine, address in begin.dial.items():
             if machine in self._links and machine in self._neighbours and not self._neighbours[machine].done():
                 continue
-            link = await self._dial(address)
             try:
-                await link.send(pack(Join(self.opening.session, self.number)))
-                async with asyncio.timeout(JOINING_S):
-                    frame = await link.receive()
-            except TimeoutError:
-                frame = None
-            except BaseException:
-                await link.close()
-                raise
-            answer = unpack(frame)[0] if frame else None
-            if not isinstance(answer, Opened):
-                await link.close()
-                why = answer.message if isinstance(answer, Failed) else "it closed the link"
-                raise WorkerFailed(f"{self.opening.names[machine]} ({address}) does not join: {why}")
-            self._neighbour(machine, link)
+                self._neighbour(machine, await self._joined(machine, address))
+            except SplitwiseError as error:
+                names = self.opening.names
+                raise _NoWay(f"{self.name} does not reach {names[machine]} at {address}: {error}", machine) from error
+
+    async def _joined(self, machine: int, address: str) -> Link:
+        """A link to another worker of this session, which has taken it for that. Raises SplitwiseError."""
+        link = await self._dial(address)
+        try:
+            await link.send(pack(Join(self.opening.session, self.number)))
+            async with asyncio.timeout(JOINING_S):
+                frame = await link.receive()
+        except TimeoutError:
+            frame = None
+        except BaseException:
+            await link.close()
+            raise
+        answer = unpack(frame)[0] if frame else None
+        if not isinstance(answer, Opened):
+            await link.close()
+            why = answer.message if isinstance(answer, Failed) else "it closed the link"
+            raise WorkerFailed(f"{self.opening.names[machine]} ({address}) does not join: {why}")
+        return link
 
     async def join(self, link: Link, machine: int) -> None:
         """Serve a link that another worker of this session has opened, until it ends. Raises ProtocolError."""
@@ -373,7 +408,9 @@ class Hosted:
         await self._end(running, halt.keep)
         post = running.walker.post
         crossed = [messages.Crossed(c.after, c.kind, c.src, c.dst, c.count, c.payload_bytes) for c in post.crossings]
-        halted = Halted(halt.run, crossed, post.frame_bytes, *self._holds())
+        drafts = post.plan.decision.draft and post.plan.loop_machine == self.number
+        rounds = running.walker.rounds if drafts else []
+        halted = Halted(halt.run, crossed, post.frame_bytes, *self._holds(), rounds)
         await link.send(pack(halted, messages.pack_intervals(running.walker.intervals)))
 
     async def _end(self, running: _Running, keep: int = -1) -> None:

@@ -84,6 +84,8 @@ class Decided(_Record, frozen=True, tag="decision"):
     why: str = ""
     at_s: _Seconds = 0.0
     draft: Annotated[int, msgspec.Meta(ge=0)] = 0
+    prefill_wire: str | None = None
+    """While the prompt is prefilled; None: `wire`."""
 
 
 class Event(_Record, frozen=True, tag="event"):

@@ -1,4 +1,4 @@
-"""A machine: resident weights, and computing for any number of sessions, one piece at a time.
+"""A machine: resident weights, memory, and computing for any number of sessions.
 
 It does not know about links; sessions bring it work and wait.
 """
@@ -8,17 +8,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any, Generic, TypeVar
+from typing import TypeVar
 
 import torch
 
 from splitwise_llm import cost
+from splitwise_llm.cost import Host, Rows
 from splitwise_llm.cost.emulation import emulation_warning
+from splitwise_llm.engine.batching import Compute, Computed, Piece
 from splitwise_llm.engine.memory import available_memory_bytes, reset_peak_memory
 from splitwise_llm.engine.meters import the_meter
 from splitwise_llm.engine.telemetry import StepClock
@@ -31,17 +32,10 @@ from splitwise_llm.spec import DeviceSpec, Dtype, ModelSpec, Weights
 from splitwise_llm.units import show_bytes
 
 T = TypeVar("T")
+RETRY_S = 5.0
+"""When a session that found no room beside others is asked to come back."""
 READYING_S = 0.02
 """Between two pieces that are loaded beside decoding: each holds up a token or two."""
-
-
-@dataclass(frozen=True, slots=True)
-class Computed(Generic[T]):
-    """A result, and when it was worked on (s, monotonic clock)."""
-
-    value: T
-    start_s: float
-    stop_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +87,13 @@ class Machine:
         """Held for a fault, beside what is open."""
         self._open: dict[object, _Open] = {}
         """By key, what each open share holds."""
-        self._pending: set[Future[Any]] = set()
         self._since_s, self._busy_s = time.monotonic(), 0.0
         self._short: deque[float] = deque(maxlen=200)
         """By how much this machine was slower than the one it plays."""
         self.clock = StepClock()
         """How long steps take here; told by those who know what a step is."""
         torch.set_num_threads(threads)
-        # One thread: sessions queue for the processor instead of fighting over it, and the event loop stays free.
-        self._executor = ThreadPoolExecutor(1, "compute", initializer=torch.set_num_threads, initargs=(threads,))
+        self._compute = Compute(threads, 2 * self.spec.num_layers, self.clock, self._pace)
 
     def __enter__(self) -> Machine:
         return self
@@ -111,7 +103,7 @@ class Machine:
 
     def close(self) -> None:
         """Wait for the piece being computed and end the thread."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._compute.close()
 
     @property
     def spec(self) -> ModelSpec:
@@ -168,8 +160,13 @@ class Machine:
 
     @property
     def queue_s(self) -> float:
-        """Seconds of work that waits for the compute thread, taken for decode steps."""
-        return self.clock.queue_s([1] * len(self._pending))
+        """Seconds of work that waits for the compute thread: decode steps, which are one batch, and rows of prompts."""
+        return self.clock.queue_s(self._compute.waiting_rows)
+
+    @property
+    def batches(self) -> Mapping[int, int]:
+        """Iterations on the compute thread so far, by how many sessions decoded in them."""
+        return self._compute.batches
 
     def _held(self, shares: Sequence[_Open]) -> tuple[float, int]:
         """Bytes of weights (slices that shares have in common count once) and of caches."""
@@ -191,10 +188,14 @@ class Machine:
         if weights + cache > self.memory_bytes:
             count = len({one.owner for one in self._open.values()} - {wanted.owner})
             others = f" together with {count} other sessions" if count else ""
+            own = [one for one in self._open.values() if one.owner == wanted.owner]
+            would_fit = bool(count) and sum(self._held([*own, wanted])) <= self.memory_bytes
             raise MemoryTooSmall(
                 f"{name} would hold {show_bytes(weights)} of weights ({self.dtype}, {self.weights}) and "
-                f"{show_bytes(cache)} of cache{others}, and has {show_bytes(self.memory_bytes)}; give it fewer layers, "
-                "or start it with --weights int8 or int4"
+                f"{show_bytes(cache)} of cache{others}, and has {show_bytes(self.memory_bytes)}; "
+                + (f"try again in {RETRY_S:g} s, " if would_fit else "")
+                + "give it fewer layers, or start it with --weights int8 or int4",
+                RETRY_S if would_fit else None,
             )
 
     async def open_share(
@@ -255,40 +256,64 @@ class Machine:
         self._open.pop(key, None)
 
     async def settle(self) -> None:
-        """Return when what was handed in so far is computed, even for someone who no longer waits."""
+        """Return when nothing is computed any more that was given up before, and all other work handed in so far is
+        done; prompts of others may still have turns to come."""
         await self.compute(lambda: None)
+
+    async def run(self, piece: Piece[T], here: bool = False) -> Computed[T]:
+        """Compute a step's halves together with whatever other sessions want of this machine; an emulated one takes
+        the batch's time.
+
+        `here` asks for this thread instead, which spares a session that is alone two thread switches, about 0.3 ms
+        when the caches are full of weights. Who is cancelled while it waits leaves the batch as it is.
+        """
+        if here and not piece.is_prefill and self.emulate is None and (done := self._compute.alone(piece)) is not None:
+            self._busy_s += done.stop_s - done.start_s
+            return done
+        job = self._compute.submit(piece)
+        try:
+            return await asyncio.wrap_future(job.result)
+        except asyncio.CancelledError:
+            job.gone.set()
+            raise
 
     async def compute(
         self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None = None, here: bool = False
     ) -> Computed[T]:
-        """Run `work` on the compute thread. Where `predicted` is given, an emulated machine sleeps on until the
-        time its device would have taken is up.
+        """Run `work` on the compute thread, between two iterations. Where `predicted` is given, an emulated machine
+        sleeps on until the time its device would have taken is up. `here` as in `run`."""
+        if here and self.emulate is None and self._compute.is_quiet():
+            return self._timed(work, None)
+        return await asyncio.wrap_future(self._compute.call(partial(self._timed, work, predicted)))
 
-        `here` asks for this thread instead, which spares two thread switches, about 0.3 ms when the caches are
-        full of weights; granted when nothing is being computed or emulated.
-        """
-        busy = self._is_busy()  # asked every time: it also lets go of what is done
-        if here and self.emulate is None and not busy:
-            return self._run(work, None)
-        future = self._executor.submit(self._run, work, predicted)
-        self._pending.add(future)
-        return await asyncio.wrap_future(future)
-
-    def _is_busy(self) -> bool:
-        """Whether the thread has work, though whoever waited for it may have been cancelled."""
-        self._pending = {future for future in self._pending if not future.done()}
-        return bool(self._pending)
-
-    def _run(self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None) -> Computed[T]:
-        start = time.monotonic()
+    def _timed(self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None) -> Computed[T]:
+        start_s = time.monotonic()
         with torch.inference_mode():
             result = work()
-        if self.emulate is not None and predicted is not None:
-            took = time.monotonic() - start
-            due = predicted(self.emulate) if isinstance(self.emulate, DeviceSpec) else took * self.emulate
-            if due > 0:
-                self._short.append(took / due)
-            time.sleep(max(0.0, due - took))
-        stop = time.monotonic()
-        self._busy_s += stop - start
-        return Computed(result, start, stop)
+        if predicted is not None:
+            self._sleep(start_s, predicted)
+        stop_s = time.monotonic()
+        self._busy_s += stop_s - start_s
+        return Computed(result, start_s, stop_s)
+
+    def _pace(self, start_s: float, batch: Sequence[Rows]) -> float:
+        """After a batch, or a part of a prompt's turn: weights are paid once, keys and values by each session. When
+        it was due."""
+
+        def predicted(device: DeviceSpec) -> float:
+            return cost.batch_seconds(self.spec, Host(device, self.dtype, self.weights), batch)
+
+        stop_s = self._sleep(start_s, predicted)
+        self._busy_s += stop_s - start_s
+        return stop_s
+
+    def _sleep(self, start_s: float, predicted: Callable[[DeviceSpec], float]) -> float:
+        """Until what is emulated would have done what began then; when that was."""
+        if self.emulate is None:
+            return time.monotonic()
+        took = time.monotonic() - start_s
+        due = predicted(self.emulate) if isinstance(self.emulate, DeviceSpec) else took * self.stretch
+        if due > 0:
+            self._short.append(took / due)
+        time.sleep(max(0.0, due - took))
+        return start_s + max(took, due)

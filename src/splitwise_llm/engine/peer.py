@@ -70,6 +70,9 @@ class Owner(Protocol):
     def failed(self, number: int, run: int, error: SplitwiseError) -> None:
         """The worker cannot go on with a run."""
 
+    def apart(self, number: int, other: int, why: str) -> None:
+        """The worker does not reach another one directly, as a run asks for; the run has failed for it."""
+
     def asked(self, number: int, why: str) -> None:
         """A decision is due: fault, return, gone or patience."""
 
@@ -317,6 +320,8 @@ class Peer:
                 self._ponged(link, header)
             case Failed() if header.run >= 0:
                 error = unexpected(link, header, Begun)
+                if header.machine >= 0:
+                    self._owner.apart(self.number, header.machine, header.message)
                 if isinstance(error, UserError):
                     self.refusal = error
                 for (kind, run), future in list(self._waiting.items()):

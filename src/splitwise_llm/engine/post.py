@@ -27,7 +27,8 @@ class _Form:
     """How one move looks here, worked out once: its format, where it goes first, and from whom to whom it passes."""
 
     move: Move
-    dtype: str
+    dtypes: tuple[str, str]
+    """While tokens flow, and in a prefill."""
     columns: int
     first_hop: int
     onward: dict[int, int | None]
@@ -97,11 +98,12 @@ class Post:
 
     def _form(self, move: Move) -> _Form:
         activations = move.kind in (Kind.RESIDUAL, Kind.PARTIAL)
-        dtype, columns = (self.plan.decision.wire.value, self.plan.d_model) if activations else (IDS, 1)
+        decision, columns = self.plan.decision, self.plan.d_model if activations else 1
+        dtypes = [decision.wire_in(is_prefill).value if activations else IDS for is_prefill in (False, True)]
         legs = self.plan.legs(move.src, move.dst)
         hops = [hop for _, hop in legs[1:]] + [None]
         onward = {src: hop for (src, dst), hop in zip(legs, hops, strict=True) if dst == self.me}
-        return _Form(move, dtype, columns, legs[0][1], onward)
+        return _Form(move, (dtypes[0], dtypes[1]), columns, legs[0][1], onward)
 
     @property
     def crossings(self) -> tuple[Crossings, ...]:
@@ -114,8 +116,8 @@ class Post:
         rows = self.plan.rows(move, step)
         start = step.start if self.plan.decision.draft and not step.is_prefill else -1
         header = Data(
-            self.extent.run, step.index, move.after, move.kind.value, move.src, move.dst, depth, form.dtype, rows,
-            form.columns, start,
+            self.extent.run, step.index, move.after, move.kind.value, move.src, move.dst, depth,
+            form.dtypes[step.is_prefill], rows, form.columns, start,
         )  # fmt: skip
         await self._send(form.first_hop, move, pack(header, payload), len(payload))
 
@@ -173,12 +175,13 @@ class Post:
         move, hop = form.move, form.onward[peer]
         step = self._step_of(header, move)
         rows = self.plan.rows(move, step)
-        if rows == 0 or (header.dtype, header.rows, header.columns) != (form.dtype, rows, form.columns):
+        dtype = form.dtypes[step.is_prefill]
+        if rows == 0 or (header.dtype, header.rows, header.columns) != (dtype, rows, form.columns):
             raise ProtocolError(
                 f"{_what(header)}: got {header.dtype} ({header.rows}, {header.columns}), "
-                f"expected {form.dtype} ({rows}, {form.columns})"
+                f"expected {dtype} ({rows}, {form.columns})"
             )
-        size = self.plan.payload_bytes(move, rows)
+        size = self.plan.payload_bytes(move, step)
         if len(payload) != size:
             raise ProtocolError(f"{_what(header)}: got {len(payload)} bytes, expected {size}")
         key = (header.step, header.after, header.kind, header.src, header.dst)

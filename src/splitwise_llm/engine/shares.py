@@ -46,8 +46,9 @@ class Shares:
         """Whether the machine has room to go on with a partition, beside what it does now."""
         return self._machine.fits(partition, self._number, self._capacity, owner=self)
 
-    async def prepared(self, partition: Partition) -> Share:
-        """The share for a partition, with what is cached already: the one in use, or the next. Raises MemoryTooSmall,
+    async def prepared(self, partition: Partition, known: int) -> Share:
+        """The share for a partition, with what is cached already up to position `known`: the one in use, or the next.
+        What lies behind may have been drafted, and the run that goes on rolls back only its own. Raises MemoryTooSmall,
         ModelError."""
         for held in (self._used, self._next):
             if held and held[0] == partition:
@@ -56,7 +57,7 @@ class Shares:
             (self, partition), self._name, partition, self._number, self._capacity, owner=self
         )
         try:
-            await self._take_over(share, self._used, self._next)
+            await self._take_over(share, known, self._used, self._next)
         except BaseException:
             self._machine.release((self, partition))
             raise
@@ -69,10 +70,10 @@ class Shares:
     async def begin(self, partition: Partition, start: int) -> Share:
         """The share of a run that begins at a position; from now on the one in use. Raises MemoryTooSmall, ModelError,
         and ProtocolError when what it needs is not cached up to there."""
-        share = await self.prepared(partition)
+        share = await self.prepared(partition, start)
         if self._next and self._next[1] is share:
             if self._used:
-                await self._take_over(share, self._used)
+                await self._take_over(share, start, self._used)
                 self._let_go(self._used)
             self._used, self._next = self._next, None
         await self._machine.compute(lambda: share.cut(start))
@@ -81,9 +82,9 @@ class Shares:
                 raise ProtocolError(f"a run begins at position {start}, and half {half} is cached up to {filled} only")
         return share
 
-    async def filling(self, partition: Partition, start: int, halves: range) -> Share:
-        """The share of a fill: caches of these halves end at a position. Raises as `begin`."""
-        share = await self.prepared(partition)
+    async def filling(self, partition: Partition, start: int, known: int, halves: range) -> Share:
+        """The share of a fill up to position `known`: caches of these halves end at a position. Raises as `begin`."""
+        share = await self.prepared(partition, known)
         await self._machine.compute(lambda: share.cut(start, halves))
         for half, _, filled in share.held:
             if half in halves and filled < start:
@@ -112,7 +113,7 @@ class Shares:
         self, partition: Partition, half: int, units: Sequence[int], start: int, stop: int, payload: memoryview
     ) -> None:
         """Cache what `rows` gave on another machine, for the next run's partition. Raises ProtocolError."""
-        share = await self.prepared(partition)
+        share = await self.prepared(partition, stop)
         await self._machine.compute(lambda: _unpacked(share, half, units, start, stop, payload))
 
     def release(self) -> None:
@@ -127,10 +128,10 @@ class Shares:
             share.clear()
         self._given_up.clear()
 
-    async def _take_over(self, share: Share, *others: tuple[Partition, Share] | None) -> None:
+    async def _take_over(self, share: Share, known: int, *others: tuple[Partition, Share] | None) -> None:
         def work() -> None:
             for held in filter(None, others):
-                share.take_over(held[1])
+                share.take_over(held[1], known)
 
         await self._machine.compute(work)
 

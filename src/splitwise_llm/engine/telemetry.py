@@ -226,9 +226,14 @@ class StepClock:
         """The median decode step; None before the first."""
         return median(self._decode) if self._decode else None
 
+    @property
+    def row_s(self) -> float | None:
+        """The median time of a row of a prompt; None before the first."""
+        return median(self._per_row) if self._per_row else None
+
     def queue_s(self, waiting_rows: Iterable[int]) -> float:
         """What the steps that wait will take, each by its rows; a kind never seen counts as the other says, or 0."""
-        step_s, row_s = self.step_s, median(self._per_row) if self._per_row else None
+        step_s, row_s = self.step_s, self.row_s
         one_s = step_s if step_s is not None else row_s or 0.0
         return sum(one_s if rows == 1 else rows * row_s if row_s is not None else one_s for rows in waiting_rows)
 

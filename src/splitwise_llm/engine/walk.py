@@ -17,6 +17,7 @@ from torch import Tensor
 
 from splitwise_llm import cost
 from splitwise_llm.cost import Host
+from splitwise_llm.engine.batching import Piece
 from splitwise_llm.engine.boundaries import Boundaries
 from splitwise_llm.engine.drafting import Drafting
 from splitwise_llm.engine.machine import Machine, T
@@ -29,6 +30,7 @@ from splitwise_llm.records import Interval
 from splitwise_llm.spec import DeviceSpec
 from splitwise_llm.wire import codec
 from splitwise_llm.wire.codec import ElementLoss
+from splitwise_llm.wire.messages import MAX_PRIORITY
 
 GREEDY = Sampling()
 NO_LOSS = ElementLoss()
@@ -43,6 +45,8 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     sampling: Sampling = GREEDY
     loss: ElementLoss = NO_LOSS
+    priority: int = 0
+    """0 to 3: prompts get 2^priority times the turns of others; decode steps are computed together anyway."""
 
     def check(self, max_context: int) -> None:
         """Raise RequestError unless prompt and answer fit the model's context."""
@@ -50,6 +54,8 @@ class Request:
             raise RequestError("the prompt is empty; give at least one token")
         if self.max_new_tokens < 1:
             raise RequestError(f"{self.max_new_tokens} new tokens were asked for; expected at least 1")
+        if not 0 <= self.priority <= MAX_PRIORITY:
+            raise RequestError(f"the priority is {self.priority}; expected 0 (usual) to {MAX_PRIORITY} (most turns)")
         if self.prompt_tokens >= max_context:
             raise RequestError(
                 f"the prompt has {self.prompt_tokens} tokens, the model's context {max_context}; shorten the prompt"
@@ -166,6 +172,8 @@ class Walker:
     """Called on the device for each token, in order."""
     drafting: Drafting | None = None
     """Where the token loop is."""
+    on_chunk: Callable[[int], object] | None = None
+    """Called with the positions of the prompt that this machine is done with."""
     choose: Choose | None = None
     """Replaces sampling where the head is on this machine."""
     intervals: list[Interval] = field(default_factory=list)
@@ -186,7 +194,7 @@ class Walker:
 
     def __post_init__(self) -> None:
         self.me = self.post.me
-        self.certain = self.post.extent.start
+        self.certain = self.post.extent.known
         self._stops = _stops(self.plan, self.me)
         mine = [move for move in self.plan.moves if self.me in (move.src, move.dst)]
         self._entering = tuple(move for move in mine if move.kind in (Kind.PROMPT, Kind.NEXT))
@@ -255,10 +263,16 @@ class Walker:
         before: dict[int, asyncio.Event] = {}
         for index in range(self.plan.decision.num_chunks(extent.known - extent.start)):
             done = {stop.index: asyncio.Event() for stop in self._stops if not stop.only_if_emits}
-            walks.append(self._walk(_Pass(self.post.step(index), done, before), None))
+            walks.append(self._chunk(_Pass(self.post.step(index), done, before)))
             before = done
         tokens = await _all(walks)
         return tokens[-1]
+
+    async def _chunk(self, one: _Pass) -> _Made | None:
+        made = await self._walk(one, None)
+        if self.on_chunk:
+            self.on_chunk(one.step.start + one.step.count)
+        return made
 
     async def _hand_over(self, one: _Pass, made: _Made | None) -> _Made | None:
         """Bring the tokens of a step to the device; it judges what was drafted where the loop is its own."""
@@ -317,7 +331,7 @@ class Walker:
                 self._learn(one, letter)
                 one.depth = max(one.depth, letter.depth)
                 self.keep(stop.arrives, one.step, letter.payload)
-                one.pending = partial(self._decode, letter.payload, self.plan.rows(stop.arrives, one.step))
+                one.pending = partial(self._decode, one, letter.payload, self.plan.rows(stop.arrives, one.step))
             if stop.index in one.before:  # chunks pass a stage in order: its keys and values grow from the front
                 await one.before[stop.index].wait()
             if isinstance(stop.stage, Serial):
@@ -351,7 +365,7 @@ class Walker:
 
     async def _feed(self, one: _Pass) -> None:
         """The stream before an excerpt, as it was kept, goes to those who begin with it."""
-        step, wire = one.step, self.plan.decision.wire
+        step, wire = one.step, self.plan.wire(one.step)
         if self.kept is None:
             raise BrokenInvariant("a machine without memory is to feed an excerpt")
         if not self.kept.covers(self.plan.first, step.start, step.start + step.count):
@@ -362,41 +376,47 @@ class Walker:
         for move in self.plan.moves_after(-1):
             if move.kind is Kind.RESIDUAL:
                 await self.post.send(move, step, payload, one.depth)
-        one.pending = partial(self._decode, memoryview(payload), step.count)
+        one.pending = partial(self._decode, one, memoryview(payload), step.count)
 
     def keep(self, move: Move, step: Step, payload: bytes | memoryview) -> None:
         """Keep a residual stream that crossed, unless only a part of it did."""
         if self.kept is not None and move.kind is Kind.RESIDUAL and not move.last_only and move.after >= 0:
             stage = self.plan.stages[move.after]
             half = stage.stop if isinstance(stage, Serial) else stage.half + 1
-            self.kept.put(half, step.start, step.count, self.plan.decision.wire, payload)
+            self.kept.put(half, step.start, step.count, self.plan.wire(step), payload)
 
     async def _serial(self, one: _Pass, stop: _Stop, stage: Serial) -> _Made | None:
         tapped: list[tuple[int, bytes]] = []
+        step, emits = one.step, stage.head and one.step.emits
 
-        def work() -> tuple[Tensor, bytes, tuple[int, ...]]:
-            x, at = self._residual(one), self._at(one)
-            start = stage.start
-            for tap in (half for half in self.taps if start < half < stage.stop):
-                x = self.share.run(x, start, tap, at)
-                tapped.append((tap, codec.encode(x, self.plan.decision.wire)))
-                start = tap
-            x = self.share.run(x, start, stage.stop, at)
-            if stage.head and one.step.emits:
-                return x, b"", self._sampled(one, x)
+        def finish(x: Tensor, logits: Tensor | None) -> tuple[Tensor, bytes, tuple[int, ...]]:
+            if logits is not None:
+                return x, b"", self._sampled(one, logits)
             return (*self._crossed(one, stop, x), ())
 
-        x, payload, sampled = await self._compute(work, one, stop)
+        piece = Piece(
+            self.share, stage.start, stage.stop, step.count, step.start + step.count,
+            stream=lambda: (self._residual(one), self._at(one)),
+            finish=finish,
+            is_prefill=step.is_prefill,
+            head_rows=(1 if step.is_prefill else step.count) if emits else 0,
+            priority=self.request.priority,
+            taps=tuple(half for half in self.taps if stage.start < half < stage.stop),
+            tap=lambda half, x: tapped.append((half, codec.encode(x, self.plan.wire(step)))),
+        )  # fmt: skip
+        result = await self.machine.run(piece, here=self.post.may_block)
+        self._note(one, stop, result.start_s, result.stop_s)
+        x, payload, sampled = result.value
         for half, kept in tapped:
             if self.kept is not None:
-                self.kept.put(half, one.step.start, one.step.count, self.plan.decision.wire, kept)
+                self.kept.put(half, step.start, step.count, self.plan.wire(step), kept)
         if sampled:
             return _Made(sampled, one.depth)
         await self._send_residual(one, stop, x, payload)
         return None
 
     async def _shared(self, one: _Pass, stop: _Stop, stage: Shared) -> None:
-        wire = self.plan.decision.wire
+        wire = self.plan.wire(one.step)
 
         def work() -> tuple[Tensor, Tensor, bytes]:
             x = self._residual(one)
@@ -424,7 +444,7 @@ class Walker:
             one.depth = max(one.depth, letter.depth)
 
         def joined() -> Tensor:
-            partials = [own if m == self.me else self._decode(others[m], own.shape[0]) for m in stage.machines]
+            partials = [own if m == self.me else self._decode(one, others[m], own.shape[0]) for m in stage.machines]
             return self.share.join(x, partials, stage.half)
 
         if stop.crossing is None:
@@ -448,7 +468,7 @@ class Walker:
         if stop.last_only and one.step.is_prefill:
             x = x[-1:]
         x = self._lose(x, stop.index, Kind.RESIDUAL, stop.crossing.src, one.step)
-        wire = self.plan.decision.wire
+        wire = self.plan.wire(one.step)
         return codec.round_trip(x, wire), codec.encode(x, wire) if stop.residuals_out else b""
 
     # Small things
@@ -456,13 +476,11 @@ class Walker:
     def _choose(self, logits: Tensor, position: int) -> int:
         return self.choose(logits, position) if self.choose else sample(logits, self.request.sampling, position)
 
-    def _sampled(self, one: _Pass, x: Tensor) -> tuple[int, ...]:
-        """What follows each position of a step that emits (of a prefill: the last one); where the loop is here, no
-        further than the first drafted token that is wrong."""
-        step = one.step
-        if step.is_prefill:
-            return (self._choose(self.share.logits(x), step.start + step.count),)
-        choices = (self._choose(row, step.start + n + 1) for n, row in enumerate(self.share.each_logits(x)))
+    def _sampled(self, one: _Pass, logits: Tensor) -> tuple[int, ...]:
+        """What follows each position of a step that emits (of a prefill: the last one), from logits (rows, vocab);
+        where the loop is here, no further than the first drafted token that is wrong."""
+        first = one.step.start + one.step.count - len(logits) + 1
+        choices = (self._choose(row, first + n) for n, row in enumerate(logits))
         return self._right(one.drafted, choices) if self.me == self.plan.loop_machine else tuple(choices)
 
     def _at(self, one: _Pass) -> Positions:
@@ -478,8 +496,8 @@ class Walker:
         pending, one.pending = one.pending, None
         return pending()
 
-    def _decode(self, payload: memoryview, rows: int) -> Tensor:
-        x = codec.decode(payload, self.plan.decision.wire, rows, self.plan.d_model)
+    def _decode(self, one: _Pass, payload: memoryview, rows: int) -> Tensor:
+        x = codec.decode(payload, self.plan.wire(one.step), rows, self.plan.d_model)
         return x.to(dtype=self.share.dtype, device=self.share.device)
 
     def _lose(self, x: Tensor, index: int, kind: Kind, src: int, step: Step) -> Tensor:
@@ -506,12 +524,16 @@ class Walker:
 
         here = not step.is_prefill and self.post.may_block
         result = await machine.compute(work, predicted, here)
+        if not adding:
+            machine.clock.ran(step.count if step.is_prefill else 1, result.stop_s - result.start_s)
+        self._note(one, stop, result.start_s, result.stop_s)
+        return result.value
+
+    def _note(self, one: _Pass, stop: _Stop, start_s: float, stop_s: float) -> None:
+        """A stage of a step was computed; the chunk behind may follow."""
         if stop.index in one.done:
             one.done[stop.index].set()
-        if not adding:
-            self.machine.clock.ran(step.count if step.is_prefill else 1, result.stop_s - result.start_s)
-        self.intervals.append(Interval(stop.index, step.index, result.start_s, result.stop_s, self.post.extent.run))
-        return result.value
+        self.intervals.append(Interval(stop.index, one.step.index, start_s, stop_s, self.post.extent.run))
 
 
 def _ids_out(ids: Sequence[int]) -> bytes:

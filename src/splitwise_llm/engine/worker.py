@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from splitwise_llm.engine.backoff import Door
 from splitwise_llm.engine.hosted import Advertise, Hosted
-from splitwise_llm.engine.machine import Machine
+from splitwise_llm.engine.machine import RETRY_S, Machine
 from splitwise_llm.engine.meters import battery_share
 from splitwise_llm.engine.rate_meter import RateMeter
 from splitwise_llm.engine.telemetry import Advert
@@ -53,8 +53,6 @@ OPENING_S = 30.0
 """One that has not said what it wants; it decides at once, but may wait for other workers to greet it."""
 SESSIONS_PER_S = 50.0
 """More than are opened in a second, for long, are asked to come back one by one; a worker greets ten times as many."""
-RETRY_S = 5.0
-"""When a device that found no place is asked to come back."""
 
 
 class Worker:
@@ -124,6 +122,10 @@ class Worker:
     async def _open(self, link: Link, opening: Open, advert: Advertise) -> None:
         """One device's session, new or gone on with. Raises SplitwiseError."""
         name = opening.session
+        is_taken, wait_s = self._door.knock(time.monotonic())
+        if not is_taken:
+            said = f"more than {SESSIONS_PER_S:g} sessions are opened per second; try again in {wait_s:.2g} s"
+            raise WorkerFailed(said, retry_after_s=wait_s)
         known = name in self._sessions
         if not known:
             fresh = Hosted(self.machine, opening, self._dial, self._choose)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from splitwise_llm.errors import ModelError
+from splitwise_llm.errors import ModelError, RequestError
 from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.model.sampling import Sampling, sample
 from splitwise_llm.model.share import Share
@@ -16,20 +17,24 @@ from splitwise_llm.spec import Dtype, Weights
 
 
 class ModelDrafter:
-    """Proposes by running a whole model, token by token, with the noise that the larger one will draw with.
+    """Proposes by running a whole model, token by token, with the noise that the larger one will draw with; or only its
+    first `layers`, whose stream goes to the head as it is.
 
     Its keys and values of the text so far are kept; what turned out otherwise is forgotten. To be called from one
-    thread. Raises ModelError where the two models' tokenizers differ.
+    thread. Raises ModelError where the two models' tokenizers differ, RequestError for layers that are not there.
     """
 
     is_light = False
 
     def __init__(
         self, checkpoint: Checkpoint, of: Checkpoint, capacity: int, sampling: Sampling,
-        dtype: Dtype = Dtype.FP32, weights: Weights = Weights.FULL,
+        dtype: Dtype = Dtype.FP32, weights: Weights = Weights.FULL, layers: int | None = None,
     ) -> None:  # fmt: skip
         check_same_tokenizer(checkpoint, of)
         spec = checkpoint.architecture.spec
+        if layers is not None and not 1 <= layers <= spec.num_layers:
+            raise RequestError(f"{layers} early layers were asked for; expected 1 to {spec.num_layers}")
+        spec = replace(spec, num_layers=layers or spec.num_layers)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         units = tuple(
             (half, tuple(range(spec.num_ffn_shards if half % 2 else spec.num_kv_heads)))
@@ -53,10 +58,12 @@ class ModelDrafter:
     def propose(self, ids: Sequence[int], most: int) -> Sequence[int]:
         """At most so many ids that may follow; none once the text is longer than this model's context."""
         most = min(most, self._capacity - len(ids))
-        if most < 1 or any(one >= self.spec.vocab_size for one in ids[len(self._cached) :]):
+        if most < 1:
             return ()
         same = next((n for n, (a, b) in enumerate(zip(self._cached, ids, strict=False)) if a != b), None)
-        known = min(len(self._cached), len(ids) - 1) if same is None else min(same, len(ids) - 1)
+        known = min(len(self._cached) if same is None else same, len(ids) - 1)
+        if any(one >= self.spec.vocab_size for one in ids[known:]):
+            return ()
         self._share.cut(known)
         del self._cached[known:]
         new = list(ids[known:])

@@ -27,6 +27,9 @@ from splitwise_llm.spec import INT4_GROUP, Weights
 
 INT8_FEW_ROWS = 20
 INT4_FEW_ROWS = 80
+FP32_FEW_ROWS = 32
+"""From two rows up to here (a batch of decode steps, drafted tokens) oneDNN reads weights as fast as for one row; on
+Zen 5 MKL takes 1.7 times as long for 8 rows. One row, and prompts, stay with it."""
 FP16_FEW_ROWS = 4
 """Up to here the kernel wins (for fp16: torch's plain loop). Zen 5, one thread, 768x2048 to 4096x4096."""
 BLOCK_BYTES = 2 << 20
@@ -80,6 +83,8 @@ class Full(Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype is torch.float32:
+            if 1 < len(x) <= FP32_FEW_ROWS and x.device.type == "cpu" and _has_onednn_linear():
+                return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], ""))
             return torch.mm(x, self._stored)
         if len(x) <= FP16_FEW_ROWS or _product_dtype(x) is x.dtype:
             return F.linear(x, self._stored)
@@ -283,6 +288,17 @@ def _has_fast_product(dtype: torch.dtype) -> bool:
     onednn = torch.ops.mkldnn
     bf16 = dtype is torch.bfloat16
     return bool(onednn._is_mkldnn_bf16_supported() if bf16 else onednn._is_mkldnn_fp16_supported())
+
+
+@cache
+def _has_onednn_linear() -> bool:
+    """Tried out, for the operator is torch's own business and may be missing or refuse transposed weights."""
+    x, stored = torch.ones(2, 3), torch.arange(12.0).view(3, 4)
+    try:
+        y = torch.ops.mkldnn._linear_pointwise(x, stored.t(), None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.equal(y, torch.mm(x, stored))
 
 
 def _by_blocks(x: Tensor, weight: Tensor) -> Tensor:

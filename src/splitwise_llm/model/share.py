@@ -1,7 +1,9 @@
 """One machine's share of the arithmetic of one session: its units, its keys and values, nothing about messages.
 
-Shapes: `positions` new positions of one sequence; there is no batch dimension. All methods run under
-`torch.inference_mode()`, on the machine's compute thread.
+Shapes: `positions` new positions of one sequence; there is no batch dimension. What sessions compute `together` are
+rows of one matrix for every product with weights, which are then read once for all, and apart where they attend to
+their own keys and values. A product of more rows may round differently; a session by itself is computed as ever.
+All methods run under `torch.inference_mode()`, on the machine's compute thread.
 """
 
 from __future__ import annotations
@@ -106,9 +108,9 @@ class Share:
                 found.append((half, tuple(groups), filled))
         return tuple(found)
 
-    def take_over(self, other: Share) -> None:
+    def take_over(self, other: Share, known: int) -> None:
         """Go on with what another share of the same session has cached: the tensors themselves where the groups of a
-        half are the same, copies of the rows where they are not and this share has fewer positions."""
+        half are the same; where they are not, copies of the rows before position `known` that this share lacks."""
         for half, cache in self._cache.items():
             theirs = other._cache.get(half)
             if theirs is None or theirs is cache:
@@ -118,8 +120,8 @@ class Share:
                     self._cache[half] = theirs
                 continue
             for row, group in enumerate(theirs.groups):
-                if group in cache.groups and theirs.filled[row] > cache.filled[cache.groups.index(group)]:
-                    stop = theirs.filled[row]
+                stop = min(theirs.filled[row], known)
+                if group in cache.groups and stop > cache.filled[cache.groups.index(group)]:
                     cache.put(group, theirs.keys[row, :stop], theirs.values[row, :stop], 0)
 
     def cut(self, position: int, halves: range | None = None) -> None:
@@ -190,13 +192,33 @@ class Share:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (vocab,), fp32, of the last position of the residual stream (positions, d_model)."""
-        return self.each_logits(x[-1:])[0]
+        return self.all_logits(x[-1:])[0]
 
-    def each_logits(self, x: Tensor) -> Tensor:
+    def all_logits(self, x: Tensor) -> Tensor:
         """Logits (positions, vocab), fp32, of every position of the residual stream (positions, d_model)."""
         if self._head is None:
             raise BrokenInvariant("this share has no head")
         return self._head.table.project(self._norm(x, self._head.norm)).float()
+
+    # Together with other sessions
+
+    def check(self, start: int, stop: int, at: Positions) -> None:
+        """Raise BrokenInvariant unless halves `start` to `stop` are here, and their caches end where a step begins."""
+        for half in range(start, stop):
+            cache = self._cache.get(half)
+            if cache is not None and any(filled != at.start for filled in cache.filled):
+                raise BrokenInvariant(f"keys and values end at {cache.filled}, the step starts at {at.start}")
+            if half not in (self._ffn if half % 2 else self._attention):
+                raise BrokenInvariant(f"half {half} is not here")
+
+    def alike(self, start: int, stop: int) -> tuple[int, ...]:
+        """Equal for shares that hold the very same weights of halves `start` to `stop`, units and all."""
+        return tuple(id(self._ffn[half] if half % 2 else self._attention[half]) for half in range(start, stop))
+
+    @property
+    def head_alike(self) -> int:
+        """Equal for shares with the very same head."""
+        return id(self._head)
 
     def _norm(self, x: Tensor, weights: NormWeights) -> Tensor:
         if self.architecture.norm is Norm.LAYER:
@@ -204,26 +226,37 @@ class Share:
         return F.rms_norm(x, x.shape[-1:], weights.weight, self.architecture.norm_eps)
 
     def _attention_partial(self, x: Tensor, weights: AttentionWeights, cache: KeyValues, at: Positions) -> Tensor:
+        queries, keys, values = self._project(x, weights, at.cos, at.sin)
+        return weights.o(self._attend(queries, keys, values, cache, at))
+
+    def _project(
+        self, x: Tensor, weights: AttentionWeights, cos: Tensor | None, sin: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (positions, groups * ratio, head_dim), keys and values (positions, groups, head_dim), rotated, of
+        any rows of any sequences; `cos` and `sin` (positions, 1, head_dim)."""
         spec = self.architecture.spec
         groups, ratio = weights.num_groups, spec.heads_per_group
         heads = groups * (ratio + 1)
         qkv = weights.qkv(self._norm(x, weights.norm))
         if weights.qkv_bias is not None:
             qkv = qkv + weights.qkv_bias
-        qkv = qkv.view(at.count, groups * (ratio + 2), spec.head_dim)
+        qkv = qkv.view(len(x), groups * (ratio + 2), spec.head_dim)
         rotated = qkv[:, :heads]  # (positions, query heads + groups, head_dim)
         if weights.qk_norm is not None:
             rotated = F.rms_norm(rotated, (spec.head_dim,), None, self.architecture.norm_eps) * weights.qk_norm
-        if at.cos is not None and at.sin is not None:
-            rotated = torch.addcmul(rotated * at.cos, rotated.roll(spec.head_dim // 2, -1), at.sin)
+        if cos is not None and sin is not None:
+            rotated = torch.addcmul(rotated * cos, rotated.roll(spec.head_dim // 2, -1), sin)
+        return rotated[:, : groups * ratio], rotated[:, groups * ratio :], qkv[:, heads:]
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, cache: KeyValues, at: Positions) -> Tensor:
+        """One sequence's part of `_project` enters its cache and attends to it: (positions, query columns)."""
         if any(filled != at.start for filled in cache.filled):
             raise BrokenInvariant(f"keys and values end at {cache.filled}, the step starts at {at.start}")
-        cache.keys[:, at.start : at.stop] = rotated[:, groups * ratio :].transpose(0, 1)
-        cache.values[:, at.start : at.stop] = qkv[:, heads:].transpose(0, 1)
-        cache.filled = [at.stop] * groups
-        keys, values = cache.keys[:, : at.stop], cache.values[:, : at.stop]
-        mixed = _attend(rotated[:, : groups * ratio], keys, values, ratio, at)
-        return weights.o(mixed)
+        cache.keys[:, at.start : at.stop] = keys.transpose(0, 1)
+        cache.values[:, at.start : at.stop] = values.transpose(0, 1)
+        cache.filled = [at.stop] * len(cache.filled)
+        seen = slice(0, at.stop)
+        return _attend(queries, cache.keys[:, seen], cache.values[:, seen], self.architecture.spec.heads_per_group, at)
 
     def _ffn_partial(self, x: Tensor, weights: FfnWeights) -> Tensor:
         inner = weights.up(self._norm(x, weights.norm))
@@ -233,6 +266,31 @@ class Share:
             gate, up = inner.chunk(2, -1)
             return weights.down(_activate(gate, self.architecture.activation) * up)
         return weights.down(_activate(inner, self.architecture.activation))
+
+
+def together(shares: Sequence[Share], ats: Sequence[Positions], x: Tensor, start: int, stop: int) -> Tensor:
+    """Halves `start` to `stop`, whole, on the residual streams of several sessions, one below the other in `x`
+    (all positions, d_model); the shares are `alike` there, and `check`ed."""
+    one, counts = shares[0], [at.count for at in ats]
+    cos = _stacked([at.cos for at in ats])
+    sin = _stacked([at.sin for at in ats])
+    for half in range(start, stop):
+        if half % 2:
+            x = one.join(x, [one.partial(x, half, ats[0])], half)
+            continue
+        weights = one._attention[half]
+        parts = [torch.split(rows, counts) for rows in one._project(x, weights, cos, sin)]
+        mixed = [
+            share._attend(queries, keys, values, share._cache[half], at)
+            for share, at, queries, keys, values in zip(shares, ats, *parts, strict=True)
+        ]
+        x = one.join(x, [weights.o(torch.cat(mixed))], half)
+    return x
+
+
+def _stacked(tables: Sequence[Tensor | None]) -> Tensor | None:
+    held = [table for table in tables if table is not None]
+    return torch.cat(held) if held else None
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, ratio: int, at: Positions) -> Tensor:

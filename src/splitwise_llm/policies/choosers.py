@@ -119,7 +119,12 @@ def _rows(menu: Menu, which: Bools) -> Menu:
 
 def uses(tools: Tools, decision: Decision) -> bool:
     """Whether a decision keeps to some tools."""
-    return decision.wire in tools.wires and decision.prefill_chunk in tools.chunks and decision.draft in tools.drafts
+    return (
+        decision.wire in tools.wires
+        and decision.prefill_chunk in tools.chunks
+        and decision.draft in tools.drafts
+        and decision.prefill_wire in tools.prefill_wires
+    )
 
 
 def _prepare(chooser: TableChooser, table: Table) -> _Prepared:

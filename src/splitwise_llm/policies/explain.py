@@ -220,7 +220,8 @@ def _of_lengths(question: Question) -> list[Figure]:
     """Prompt and answer: every bill changes with them. Only the tools of the choice are tried elsewhere."""
     world, limits, job = question.world, question.solver.limits, question.solver.job
     choice = question.choice
-    tools = Tools((choice.wire,), tuple(dict.fromkeys((None, choice.prefill_chunk))), (choice.draft,))
+    chunks = tuple(dict.fromkeys((None, choice.prefill_chunk)))
+    tools = Tools((choice.wire,), chunks, (choice.draft,), (choice.prefill_wire,))
 
     def values(jobs: Callable[[float], Job], plans: Sequence[Decision], at: Sequence[float]) -> Floats:
         rows = []

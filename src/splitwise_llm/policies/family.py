@@ -69,11 +69,13 @@ class Members:
     wire: WirePrecision
     chunk: int | None
     draft: int
+    prefill_wire: WirePrecision | None
     ends: Ints
 
     def decision(self, number: int, world: World) -> Decision:
         """One member as a decision."""
-        return Decision(partition_of(self.shape, self.ends[number].tolist(), world), self.wire, self.chunk, self.draft)
+        partition = partition_of(self.shape, self.ends[number].tolist(), world)
+        return Decision(partition, self.wire, self.chunk, self.draft, self.prefill_wire)
 
 
 def _ends(runs: int, halves: int) -> Ints:
@@ -133,16 +135,16 @@ class Family:
         anchors, mix = self._anchors(ends)
         spanning = [partition_of(shape, one, self.world) for one in anchors.tolist()]
         residual = len(shape.runs) > 1 or shape.embed != shape.runs[0] or shape.head != shape.runs[-1]
-        for wire in self.tools.wires if residual else self.tools.wires[:1]:
+        for wire, early in self.tools.by_phase if residual else ((self.tools.wires[0], None),):
             for chunk in self.tools.chunks:
                 if chunk is not None and chunk >= self.job.prompt_tokens:
                     continue
                 for draft in self.tools.drafts:
-                    bills = [bill(self.world, Decision(one, wire, chunk, draft), self.job) for one in spanning]
+                    bills = [bill(self.world, Decision(one, wire, chunk, draft, early), self.job) for one in spanning]
                     fits = self._fits(np.array([one.memory_bytes for one in bills]), mix)
                     self.forbidden += int((~fits).sum())
                     if fits.any():
-                        yield Members(shape, wire, chunk, draft, ends[fits]), Table(self.world, bills), mix[fits]
+                        yield Members(shape, wire, chunk, draft, early, ends[fits]), Table(self.world, bills), mix[fits]
 
     def _inside(self, shape: Shape, ends: Ints) -> NDArray[np.bool_]:
         """Whether the limits allow each member; memory apart."""
@@ -208,7 +210,7 @@ class Family:
             by_half = accuracy.weights_by_half(world.hosts[machine].weights, layers)
             before = np.concatenate([[0.0], np.cumsum(by_half)])
             lost += before[members.ends[:, run]] - before[starts[:, run]]
-        by_boundary = np.array(accuracy.wire_by_boundary(members.wire, layers))
+        by_boundary = np.array(accuracy.by_boundary({members.wire, members.prefill_wire or members.wire}, layers))
         shape = members.shape
         for run in range(len(shape.runs) - 1):
             lost += by_boundary[members.ends[:, run]]

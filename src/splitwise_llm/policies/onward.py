@@ -203,7 +203,7 @@ class Ways:
         used = {*shape.runs, shape.embed, shape.head}
         known = {*run.holdings.holders, *run.present.partition.machines}
         wait = max((float(run.conditions[run.world.basis.wait(m)]) for m in used - known), default=0.0)
-        key = (shape.runs, members.wire, members.ends.tobytes())
+        key = (shape.runs, members.wire, members.prefill_wire, members.ends.tobytes())
         if key not in self._known:
             self._known[key] = self._closing(members)
         return wait + self._known[key]
@@ -228,8 +228,9 @@ class Ways:
         inside = again[:, 1:] & again[:, :-1] & (following[:, 1:] == following[:, :-1])
         member, half = np.nonzero(inside & (away[:, 1:] != away[:, :-1]))
         device, worker = self.machines
+        wires = {members.wire, members.prefill_wire or members.wire}
         crossing = np.array([
-            [self._crossing_s(members.wire, *way, rows) for rows in self.rows]
+            [min(self._crossing_s(wire, *way, rows) for wire in wires) for rows in self.rows]
             for way in ((worker, device), (device, worker))
         ])  # fmt: skip
         cost[member, half + 1] += crossing[away[member, half + 1].astype(int), for_worker[member, half + 1].astype(int)]

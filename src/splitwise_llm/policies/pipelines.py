@@ -288,9 +288,9 @@ def driven(world: World, partitions: list[Partition], observation: Observation, 
     """The fastest way to drive any of some partitions with the tools there are."""
     job, tools = observation.job, observation.tools
     ways = [
-        Decision(partition, wire, chunk, draft)
+        Decision(partition, wire, chunk, draft, early)
         for partition in partitions
-        for wire, chunk, draft in product(tools.wires, tools.chunks, tools.drafts)
+        for (wire, early), chunk, draft in product(tools.by_phase, tools.chunks, tools.drafts)
     ]
     ways = [way for way in ways if obstacle(world, way, job, observation.limits) is None]
     if not ways:

@@ -135,9 +135,9 @@ class Planner:
             raise RequestError(f"{self.name} considers everything; ask the solver")
         found: dict[Decision, None] = {}
         for partition in self._existing(world, limits):
-            wires = tools.wires if len(partition.machines) > 1 else tools.wires[:1]
-            for wire, chunk, draft in product(wires, tools.chunks, tools.drafts):
-                decision = Decision(partition, wire, chunk, draft)
+            wires = tools.by_phase if len(partition.machines) > 1 else ((tools.wires[0], None),)
+            for (wire, early), chunk, draft in product(wires, tools.chunks, tools.drafts):
+                decision = Decision(partition, wire, chunk, draft, early)
                 if (chunk is None or chunk < job.prompt_tokens) and obstacle(world, decision, job, limits) is None:
                     found[decision] = None
         return list(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import comb, prod
 
 import numpy as np
@@ -205,6 +206,11 @@ class Solver:
                     decision = Decision(partition, *tools)
                     if obstacle(self.world, decision, self.job, self.limits) is None:
                         yield decision, not some_left
+        early = [wire for wire in self.tools.prefill_wires if wire]  # no search of their own: what is found uses them
+        for partition, wire, tools in product(found, early, self._tools()):
+            decision = Decision(partition, *tools, wire)
+            if obstacle(self.world, decision, self.job, self.limits) is None:
+                yield decision, False
 
     def _search(self, conditions: Form, objective: Objective, way: _Way, share: bool) -> Found | None:
         """The best assignment driven in one way; the fastest one is remembered, since many objectives ask for it."""

@@ -148,10 +148,11 @@ class Records:
 
 def _driven(decision: Decision) -> dict[str, object]:
     """A decision for people: where each part of the model runs, and how it is driven."""
-    return {
+    driven: dict[str, object] = {
         "partition": decision.partition.text(("edge", "cloud")), "wire": decision.wire.value,
         "prefill_chunk": decision.prefill_chunk, "draft": decision.draft,
     }  # fmt: skip
+    return driven | ({"prefill_wire": decision.prefill_wire.value} if decision.prefill_wire else {})
 
 
 def _plain(value: float) -> float | None:

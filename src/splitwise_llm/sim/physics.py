@@ -178,7 +178,7 @@ class Moves:
             places: dict[object, int] = {}
             firsts: list[Bill] = []
             for number, bill in enumerate(table.bills):
-                key = (bill.decision.partition.to_bytes(), bill.decision.wire)
+                key = (bill.decision.partition.to_bytes(), bill.decision.wire, bill.decision.prefill_wire)
                 if key not in places:
                     places[key] = len(places)
                     firsts.append(bill)

@@ -21,6 +21,7 @@ PROTOCOL_VERSION = 4
 _LENGTH = struct.Struct("<I")
 _INTERVAL = struct.Struct("<iiidd")
 _MAX_HEADER_BYTES = 1 << 20
+MAX_PRIORITY = 3
 MAX_PING_BYTES = 16 << 20
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
@@ -77,6 +78,8 @@ class Open(_Header, frozen=True, tag="open"):
     seed: int
     element_loss: float
     loss_seed: int
+    priority: Annotated[int, msgspec.Meta(ge=0, le=MAX_PRIORITY)] = 0
+    """Its prompts get 2^priority times the turns that those of others get."""
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -127,6 +130,8 @@ class Begin(_Header, frozen=True, tag="begin"):
     """Who takes part in the last half of a fill, where it is shared; empty: all."""
     direct: list[tuple[int, int]] = []
     """Pairs of workers that reach each other without the device."""
+    prefill_wire: str = ""
+    """Of prefill chunks; empty: `wire`."""
     dial: dict[int, str] = {}
     """Address of each machine that this worker is to dial for such a pair."""
 
@@ -239,6 +244,8 @@ class Halted(_Header, frozen=True, tag="halted"):
     frame_bytes: int
     held: list[Held] = []
     streams: list[Streams] = []
+    rounds: list[tuple[Count, Count]] = []
+    """Of a token loop here that drafts: positions computed and tokens made in each decode step."""
 
 
 class Close(_Header, frozen=True, tag="close"):
@@ -260,6 +267,8 @@ class Failed(_Header, frozen=True, tag="failed"):
     """When to come back, of a worker that is full."""
     run: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)] = -1
     """What cannot go on is this run; -1: the session."""
+    machine: Annotated[int, msgspec.Meta(ge=-1, lt=256)] = -1
+    """The worker that this one does not reach directly, though the run says so; -1: it is something else."""
 
 
 H = TypeVar("H", bound=_Header)

@@ -8,7 +8,7 @@ import contextlib
 from splitwise_llm.errors import LinkDied
 from splitwise_llm.wire.link import Link, refuse_oversize
 from splitwise_llm.wire.pacing import QUEUE_BYTES, LaneQueue, LinkClock
-from splitwise_llm.wire.shaper import LinkShape
+from splitwise_llm.wire.shaper import Lane, LinkShape
 
 
 class _Over(Exception):
@@ -21,23 +21,34 @@ class ShapedLink(Link):
     A frame counts its own length. `send` returns when the frame is queued, and waits while the queue is
     full; an error of `link` reaches `send` at once and `receive` after the frames on their way. With a
     `clock` of the caller, several links (reconnections, say) share the course of traces and outages, and
-    the caller closes it.
+    the caller closes it; one `beside` another one, with the same clock, shares its rate with it.
     """
 
     lives_on_loop = True
 
     def __init__(
-        self, link: Link, shape: LinkShape, clock: LinkClock | None = None, queue_bytes: int = QUEUE_BYTES
+        self,
+        link: Link,
+        shape: LinkShape,
+        clock: LinkClock | None = None,
+        queue_bytes: int = QUEUE_BYTES,
+        beside: ShapedLink | None = None,
     ) -> None:
         self.peer, self.max_frame_bytes = link.peer, link.max_frame_bytes
         self.clock = clock or LinkClock()
         self._own_clock = clock is None
         self._link = link
-        up, down = shape.lanes()
+        self._lanes: tuple[Lane, Lane] = beside._lanes if beside else shape.lanes()
+        up, down = self._lanes
         self._up: LaneQueue[bytes | None] = LaneQueue(up, self.clock, queue_bytes)  # None: good-bye
         self._down: LaneQueue[bytes | Exception] = LaneQueue(down, self.clock, queue_bytes)
         self._carriers: list[asyncio.Task[None]] = []
         self._closed = False  # on this side
+
+    @property
+    def is_closed(self) -> bool:
+        """On this side."""
+        return self._closed
 
     async def send(self, frame: bytes) -> None:
         refuse_oversize(frame, self.max_frame_bytes)

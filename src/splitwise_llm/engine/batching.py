@@ -1,0 +1,529 @@
+"""The compute thread of a machine, and who is computed when: continuous batching of the sessions that use it.
+
+An iteration takes every decode step that waits, of whatever session, position and partition, and walks the model once
+half by half: sessions that pass a half with the same weights are rows of one product there, those whose units differ
+are computed apart. Between two iterations one prompt gets a turn, as many rows as take about as long as a decode step;
+turns go round, so a long prompt holds up neither tokens nor short prompts. What joins is what waits when an iteration
+starts; it waits a little for sessions that are about to be back, and for nobody when a session is alone.
+
+A batch has more rows than a session alone, and products of more rows may round differently: a session's logits may
+differ by rounding from those it has alone. A prompt is never cut for its turns: it pauses between halves.
+
+It does not know what a message is, nor what comes of a step: a piece of work brings its stream and takes its result.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from splitwise_llm.cost import Rows
+from splitwise_llm.engine.telemetry import StepClock
+from splitwise_llm.model.share import Positions, Share, together
+
+T = TypeVar("T")
+MAX_ROWS = 256
+"""Of decode steps in one iteration: more would keep the first of them waiting, and its logits take room."""
+LEAST_TURN_ROWS, MOST_TURN_ROWS = 16, 512
+"""A prompt's turn, in rows through the whole model; where nobody has measured, the first."""
+LINGER_SHARE = 0.25
+"""Of a decode step: so long an iteration waits for sessions that are about to be back."""
+CALL_AGAIN_S = 0.002
+"""So soon does a session call again that has been answered."""
+COMPANY_S = 0.25
+"""A session that was here in so short a time is here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed(Generic[T]):
+    """A result, and when it was worked on (s, monotonic clock)."""
+
+    value: T
+    start_s: float
+    stop_s: float
+
+
+def _nothing(half: int, x: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece(Generic[T]):
+    """Halves `start` to `stop` of one step of one session, all their units on this machine.
+
+    `stream` gives the residual stream (rows, d_model) and its positions, `finish` takes the stream behind the last
+    half, and logits (head_rows, vocab) of its last rows if any are asked for; both run on the compute thread.
+    """
+
+    share: Share
+    start: int
+    stop: int
+    rows: int
+    """New positions."""
+    context: int
+    """Positions seen by the last of them."""
+    stream: Callable[[], tuple[Tensor, Positions]]
+    finish: Callable[[Tensor, Tensor | None], T]
+    is_prefill: bool = False
+    head_rows: int = 0
+    taps: tuple[int, ...] = ()
+    """Halves before which `tap` sees the stream."""
+    tap: Callable[[int, Tensor], None] = _nothing
+    priority: int = 0
+    """A prompt gets 2^priority times the share of one with 0."""
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Some of its halves, for their price."""
+        return Rows(start, stop, self.rows, self.context, self.head_rows if stop == self.stop else 0)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A piece as it is being computed. `half` is the next one."""
+
+    piece: Piece[Any]
+    half: int
+    result: Future[Computed[Any]] = field(default_factory=Future)
+    start_s: float = 0.0
+    busy_s: float = 0.0
+    gone: threading.Event = field(default_factory=threading.Event)
+    """Nobody waits for it any more."""
+    error: Exception | None = None
+    value: Any = None
+    has_begun: bool = False
+    x: Tensor = field(init=False)
+    at: Positions = field(init=False)
+
+    def begin(self) -> None:
+        """Once: the stream, and whether its caches are where it begins."""
+        if not self.has_begun:
+            self.x, self.at = self.piece.stream()
+            self.piece.share.check(self.piece.start, self.piece.stop, self.at)
+            self.has_begun = True
+
+    def attempt(self, work: Callable[[], object]) -> None:
+        """What only this session's work can break breaks only this session."""
+        if self.error is None:
+            try:
+                work()
+            except Exception as error:
+                self.error = error
+
+    def finish(self, logits: Tensor | None) -> None:
+        self.value = self.piece.finish(self.x, logits)
+
+
+def walk(jobs: Sequence[Job]) -> None:
+    """Compute decode steps together, from their stream to their results; an error is the job's whose it is."""
+    for job in jobs:
+        job.attempt(job.begin)
+    edges = sorted({edge for job in jobs for edge in (job.piece.start, *job.piece.taps, job.piece.stop)})
+    for start, stop in pairwise(edges):
+        here = [job for job in jobs if job.error is None and job.piece.start <= start and stop <= job.piece.stop]
+        for job in here:
+            _tap(job, start)
+        for group in _groups(here, lambda job: job.piece.share.alike(start, stop)):  # noqa: B023 - used at once
+            _advance(group, start, stop)
+    _finish(jobs)
+
+
+def _tap(job: Job, half: int) -> None:
+    if half in job.piece.taps:
+        job.attempt(lambda: job.piece.tap(half, job.x))
+
+
+def _groups(jobs: Iterable[Job], key: Callable[[Job], object]) -> list[list[Job]]:
+    found: dict[object, list[Job]] = {}
+    for job in jobs:
+        if job.error is None:
+            found.setdefault(key(job), []).append(job)
+    return list(found.values())
+
+
+def _advance(group: Sequence[Job], start: int, stop: int) -> None:
+    """One group through halves that all of them pass with the same weights."""
+    if len(group) == 1:
+        (job,) = group
+        job.attempt(lambda: _alone(job, start, stop))
+        return
+    try:
+        x = together(
+            [job.piece.share for job in group],
+            [job.at for job in group],
+            torch.cat([job.x for job in group]),
+            start,
+            stop,
+        )
+    except Exception as error:  # of the machine, not of one session: each was checked before
+        for job in group:
+            job.error = error
+        return
+    for job, rows in zip(group, torch.split(x, [job.at.count for job in group]), strict=True):
+        job.x = rows
+
+
+def _alone(job: Job, start: int, stop: int) -> None:
+    job.x = job.piece.share.run(job.x, start, stop, job.at)
+    job.half = stop
+
+
+def _finish(jobs: Sequence[Job]) -> None:
+    """Logits, of all that share a head at once, and what each makes of them."""
+    for group in _groups((job for job in jobs if job.piece.head_rows), lambda job: job.piece.share.head_alike):
+        if len(group) == 1:
+            (job,) = group
+            job.attempt(lambda: job.finish(job.piece.share.all_logits(job.x[-job.piece.head_rows :])))  # noqa: B023
+            continue
+        try:
+            rows = [job.x[-job.piece.head_rows :] for job in group]
+            logits = group[0].piece.share.all_logits(torch.cat(rows))
+        except Exception as error:
+            for job in group:
+                job.error = error
+            continue
+        for job, mine in zip(group, torch.split(logits, [len(one) for one in rows]), strict=True):
+            job.attempt(lambda: job.finish(mine))  # noqa: B023 - called at once
+    for job in jobs:
+        if not job.piece.head_rows:
+            job.attempt(lambda: job.finish(None))  # noqa: B023 - called at once
+
+
+# Who is computed when
+
+
+@dataclass(slots=True)
+class _Seen:
+    came_s: float
+    went_s: float | None = None
+    away_s: float | None = None
+    """How long it was away the last time."""
+
+
+class Company:
+    """Who decodes here lately, and when each is likely to be back. Seconds of one clock are arguments."""
+
+    def __init__(self) -> None:
+        self._seen: WeakKeyDictionary[object, _Seen] = WeakKeyDictionary()
+
+    def came(self, who: object, now_s: float) -> None:
+        """A step of a session is here."""
+        seen = self._seen.setdefault(who, _Seen(now_s))
+        if seen.went_s is not None:
+            seen.away_s = now_s - seen.went_s
+        seen.came_s, seen.went_s = now_s, None
+
+    def went(self, who: object, now_s: float) -> None:
+        """It was computed."""
+        if who in self._seen:
+            self._seen[who].went_s = now_s
+
+    def is_alone(self, who: object, now_s: float) -> bool:
+        """Whether nobody else was here lately."""
+        return all(one is who or now_s - seen.came_s > COMPANY_S for one, seen in self._seen.items())
+
+    def awaits(self, now_s: float, within_s: float) -> bool:
+        """Whether somebody who is away should be back within so short a time; who is late by as much is not
+        awaited any more."""
+        for seen in self._seen.values():
+            if seen.went_s is not None and seen.away_s is not None:
+                due_s = seen.went_s + seen.away_s - now_s
+                if -within_s <= due_s <= within_s:
+                    return True
+        return False
+
+
+class Turns:
+    """Prompts in the order of what their sessions have had, in rows through the model over 2^priority: who had least is
+    next, of equals who came first. A session that comes is served as if it had had as much as the one served last."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[float, int, Job]] = []
+        self._had: WeakKeyDictionary[object, float] = WeakKeyDictionary()
+        self._floor, self._number = 0.0, 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows that wait, by piece."""
+        return [job.piece.rows for _, _, job in self._waiting]
+
+    def add(self, job: Job, had_rows: float = 0.0) -> None:
+        """It waits, for the first time or after a turn of so many rows."""
+        share = job.piece.share
+        had = max(self._had.get(share, 0.0), self._floor) + had_rows / 2.0**job.piece.priority
+        self._had[share] = had
+        self._number += 1
+        self._waiting.append((had, self._number, job))
+
+    def next(self) -> Job | None:
+        """Whose turn it is."""
+        if not self._waiting:
+            return None
+        first = min(self._waiting, key=lambda one: one[:2])
+        self._waiting.remove(first)
+        self._floor = first[0]
+        return first[2]
+
+    def clear(self) -> list[Job]:
+        """Nobody waits any more."""
+        jobs, self._waiting = [job for _, _, job in self._waiting], []
+        return jobs
+
+
+def turn_rows(step_s: float | None, row_s: float | None) -> int:
+    """Rows through the model that take a prompt about as long as a decode step takes."""
+    if not step_s or not row_s:
+        return LEAST_TURN_ROWS
+    return int(min(max(step_s / row_s, LEAST_TURN_ROWS), MOST_TURN_ROWS))
+
+
+Pace = Callable[[float, Sequence[Rows]], float]
+"""From when work began (monotonic clock) and what it was: an emulated machine sleeps until its time is up. When that
+was due, or it was done."""
+
+
+class Compute:
+    """One thread: sessions share the processor instead of fighting over it, and the event loop stays free. `close` it.
+
+    Other work (`call`) is done between two iterations, in order.
+    """
+
+    def __init__(self, threads: int, num_halves: int, clock: StepClock, pace: Pace) -> None:
+        self._clock, self._num_halves, self._pace = clock, num_halves, pace
+        self._more = threading.Condition()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._decode: list[Job] = []
+        self._turns = Turns()
+        self._company = Company()
+        self._unfinished = 0
+        self._is_closed = False
+        self.batches: Counter[int] = Counter()
+        """Iterations by how many sessions were in them."""
+        self._thread = threading.Thread(target=self._live, args=(threads,), name="compute_0", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait for what is being computed, cancel the rest, and end the thread."""
+        with self._more:
+            self._is_closed = True
+            self._more.notify()
+        self._thread.join()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the thread has work, though whoever waited for it may have been cancelled."""
+        return self._unfinished > 0
+
+    @property
+    def waiting_rows(self) -> list[int]:
+        """Of the steps that wait: a batch of decode steps counts as one of them."""
+        with self._more:
+            return ([1] if self._decode or self._calls else []) + self._turns.rows
+
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Run something between two iterations."""
+        result: Future[T] = Future()
+        with self._more:
+            self._enter()
+            self._calls.append((work, result))
+        return result
+
+    def submit(self, piece: Piece[Any]) -> Job:
+        """A piece waits for its iteration, or its turns."""
+        job = Job(piece, piece.start)
+        with self._more:
+            self._enter()
+            if piece.is_prefill:
+                self._turns.add(job)
+            else:
+                self._company.came(piece.share, time.monotonic())
+                self._decode.append(job)
+        return job
+
+    def _enter(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("this machine is closed")
+        self._unfinished += 1
+        self._more.notify()
+
+    def alone(self, piece: Piece[T]) -> Computed[T] | None:
+        """Compute a decode step on the calling thread, if nobody else is here and nothing is being computed."""
+        start_s = time.monotonic()
+        with self._more:
+            if self._unfinished or not self._company.is_alone(piece.share, start_s):
+                return None
+            self._company.came(piece.share, start_s)
+        job = Job(piece, piece.start)
+        with torch.inference_mode():
+            walk([job])
+        stop_s = time.monotonic()
+        self._clock.ran(1, stop_s - start_s)
+        with self._more:
+            self._company.went(piece.share, stop_s)
+        if job.error is not None:
+            raise job.error
+        return Computed(job.value, start_s, stop_s)
+
+    def is_quiet(self) -> bool:
+        """Whether nobody was here lately and nothing is being computed."""
+        with self._more:
+            return not self._unfinished and self._company.is_alone(None, time.monotonic())
+
+    # On the thread
+
+    def _live(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            while not self._is_closed:
+                self._iterate()
+        for result in [result for _, result in self._calls] + [job.result for job in self._left()]:
+            if not result.cancel():  # a prompt between two turns
+                result.set_exception(CancelledError())
+
+    def _left(self) -> list[Job]:
+        return self._decode + self._turns.clear()
+
+    def _iterate(self) -> None:
+        with self._more:
+            self._more.wait_for(lambda: self._calls or self._decode or self._turns or self._is_closed)
+        self._answer_calls()
+        with self._more:
+            self._linger()
+            batch = self._take()
+            turn = None if self._is_closed else self._turns.next()
+        if batch:
+            self._run(batch)
+        if turn:
+            self._run_turn(turn)
+
+    def _answer_calls(self) -> None:
+        """What waits, and what follows at once: who opens a session calls several times in a row, and would wait for
+        an iteration each time."""
+        until_s = time.monotonic() + LINGER_SHARE * (self._clock.step_s or 0.0)
+        due = len(self._calls)  # these in any case; of those that follow, no endless stream
+        while self._calls and not self._is_closed and (due > 0 or time.monotonic() < until_s):
+            due -= 1
+            self._answer(*self._calls.popleft())
+            with self._more:
+                left_s = min(CALL_AGAIN_S, until_s - time.monotonic())
+                if not self._calls and left_s > 0:
+                    self._more.wait_for(lambda: self._calls or self._is_closed, left_s)
+
+    def _answer(self, work: Callable[[], Any], result: Future[Any]) -> None:
+        if not result.set_running_or_notify_cancel():
+            self._left_off(1)
+            return
+        try:
+            value = work()
+        except BaseException as error:
+            self._left_off(1)
+            result.set_exception(error)
+        else:
+            self._left_off(1)
+            result.set_result(value)
+
+    def _left_off(self, number: int) -> None:
+        with self._more:
+            self._unfinished -= number
+
+    def _linger(self) -> None:
+        """Wait for those who are about to be back, rather than leave them for the next iteration."""
+        if not self._decode or not (step_s := self._clock.step_s):
+            return
+        until_s = time.monotonic() + LINGER_SHARE * step_s
+        while (left_s := until_s - time.monotonic()) > 0:
+            if self._turns or self._calls or self._is_closed:
+                return
+            if not self._company.awaits(time.monotonic(), left_s):
+                return
+            self._more.wait(left_s)
+
+    def _take(self) -> list[Job]:
+        """What is computed together now: one step of each session that waits, the oldest first."""
+        if self._is_closed:
+            return []
+        batch: list[Job] = []
+        later: list[Job] = []
+        rows, shares = 0, set()
+        for job in self._decode:
+            share = id(job.piece.share)
+            if batch and (rows + job.piece.rows > MAX_ROWS or share in shares):
+                later.append(job)
+            elif job.result.set_running_or_notify_cancel():
+                batch.append(job)
+                shares.add(share)
+                rows += job.piece.rows
+            else:  # whoever asked for it is gone
+                self._unfinished -= 1
+        self._decode = later
+        return batch
+
+    def _run(self, batch: list[Job]) -> None:
+        start_s = time.monotonic()
+        walk(batch)
+        self._pace(start_s, [job.piece.part(job.piece.start, job.piece.stop) for job in batch])
+        stop_s = time.monotonic()
+        self._clock.ran(1, stop_s - start_s)
+        self.batches[len(batch)] += 1
+        with self._more:
+            for job in batch:
+                self._company.went(job.piece.share, stop_s)
+        for job in batch:
+            job.start_s = start_s
+        self._deliver(batch, stop_s)
+
+    def _deliver(self, jobs: Sequence[Job], stop_s: float) -> None:
+        self._left_off(len(jobs))
+        for job in jobs:
+            if job.error is not None:
+                job.result.set_exception(job.error)
+            else:
+                job.result.set_result(Computed(job.value, job.start_s, stop_s))
+
+    def _run_turn(self, job: Job) -> None:
+        """A prompt's turn: its rows, half by half, until it is through, or has had its share and others wait."""
+        piece, first = job.piece, job.half
+        if job.gone.is_set() or (not job.result.running() and not job.result.set_running_or_notify_cancel()):
+            self._left_off(1)
+            if job.result.running():
+                job.result.set_exception(CancelledError())
+            return
+        start_s = paced_s = time.monotonic()
+        job.start_s = job.start_s or start_s
+        allowance = turn_rows(self._clock.step_s, self._clock.row_s) * self._num_halves
+        job.attempt(job.begin)
+        while job.error is None and job.half < piece.stop and not job.gone.is_set():
+            _tap(job, job.half)
+            job.attempt(lambda: _alone(job, job.half, job.half + 1))
+            if job.half < piece.stop:
+                paced_s = self._pace(paced_s, [piece.part(job.half - 1, job.half)])
+                had = (job.half - first) * piece.rows
+                if had >= allowance and self._others_wait():
+                    job.busy_s += time.monotonic() - start_s
+                    with self._more:
+                        self._turns.add(job, had / self._num_halves)
+                    return
+        if job.gone.is_set():
+            self._left_off(1)
+            job.result.set_exception(CancelledError())
+            return
+        _finish([job])
+        self._pace(paced_s, [piece.part(max(piece.stop - 1, first), piece.stop)])
+        stop_s = time.monotonic()
+        self._clock.ran(piece.rows, job.busy_s + stop_s - start_s)
+        self._deliver([job], stop_s)
+
+    def _others_wait(self) -> bool:
+        with self._more:
+            return bool(self._decode or self._calls or self._turns or self._is_closed)
