@@ -289,6 +289,28 @@ def test_addresses_that_cannot_be_listened_on_are_refused() -> None:
     run(scenario)
 
 
+def test_a_link_that_becomes_another_delays_what_comes_then_on_connections_that_are_open() -> None:
+    async def scenario() -> None:
+        async with proxied(echo, "") as proxy, client(proxy) as (reader, writer):
+
+            async def echo_s(size: int) -> float:
+                start_s = time.perf_counter()
+                writer.write(bytes(size))
+                await reader.readexactly(size)
+                return time.perf_counter() - start_s
+
+            before_s = min([await echo_s(4096) for _ in range(9)])
+            proxy.reshape(LinkShape.parse("rtt=40ms up=4mbit"))
+            after_s = min([await echo_s(4096) for _ in range(5)])
+            proxy.reshape(LinkShape())
+            again_s = min([await echo_s(4096) for _ in range(9)])
+        assert max(before_s, again_s) < 0.02
+        assert after_s > 0.040 + 4096 / 0.5e6 - 0.001
+        assert proxy.carried_bytes == (23 * 4096, 23 * 4096)
+
+    run(scenario)
+
+
 def test_nothing_arrives_while_the_link_is_down() -> None:
     async def scenario() -> None:
         async with proxied(echo, "rtt=4ms") as proxy, client(proxy) as (reader, writer):

@@ -99,6 +99,15 @@ class Line:
         """How often each fault has hit something."""
         return self._call(lambda: Counter(self._proxy.fired))
 
+    def reshape(self, shape: LinkShape) -> None:
+        """Be another link from now on, for connections that are open too."""
+        self._call(lambda: self._proxy.reshape(shape))
+
+    @property
+    def carried_bytes(self) -> int:
+        """Sent so far, both ways together, framing included."""
+        return self._call(lambda: sum(self._proxy.carried_bytes))
+
     def inject(self, *injections: Injection) -> None:
         """Let them happen; they act when this returns."""
         for injection in injections:

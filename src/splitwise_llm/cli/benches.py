@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from splitwise_llm.cli.options import JsonFile, Rounds, Tokens, bench, report, run, tell
+from splitwise_llm.cli.options import JsonFile, Rounds, Threads, Tokens, bench, report, run, tell
+from splitwise_llm.errors import RequestError
 
 
 @bench.command()
@@ -37,6 +38,31 @@ def bench_link(rounds: Rounds = 9, tokens: Tokens = 64, json_file: JsonFile = No
     from splitwise_llm.bench.link import run_link
 
     report(run(lambda: run_link(rounds, tokens, tell), json_file), json_file)
+
+
+@bench.command("peers")
+def bench_peers(
+    llamacpp: Annotated[Path, typer.Option(help="Folder with llama-server, llama-quantize and the RPC server.")],
+    quick: Annotated[bool, typer.Option(help="4 layers instead of 22, and 2 rounds.")] = False,
+    threads: Threads = 1,
+    rounds: Rounds = 5,
+    tokens: Tokens = 24,
+    part: Annotated[list[str] | None, typer.Option(help="Only local, link, kill or draft; repeatable.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where models are made (up to 20 GB, removed again).", show_default="temporary")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Beside llama.cpp: tokens/s on one machine, ms/token over a link, and what is left when the far process dies."""
+    from splitwise_llm.bench.peers import PARTS, PeersOptions, run_peers
+
+    unknown = {*(part or ())} - {*PARTS}
+    if unknown:
+        raise RequestError(f"--part {min(unknown)}: the parts are {', '.join(PARTS)}")
+    options = PeersOptions(
+        llamacpp, quick, threads, 2 if quick else rounds, tokens, tuple(part or PARTS), folder
+    )  # fmt: skip
+    report(run(lambda: run_peers(options, tell), json_file), json_file)
 
 
 @bench.command("pipeline")

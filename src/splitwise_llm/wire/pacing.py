@@ -127,14 +127,21 @@ class LaneQueue(Generic[Item]):
     """
 
     def __init__(self, lane: Lane, clock: LinkClock, queue_bytes: int = QUEUE_BYTES) -> None:
-        self._lane = lane
         self._clock = clock
-        self._room_bytes = queue_bytes + min(lane.in_flight_bytes, UNLIMITED_FLIGHT_BYTES)
+        self._queue_bytes = queue_bytes
+        self.carried_bytes = 0
+        """All that was ever put."""
+        self.reshape(lane)
         self._items: deque[tuple[float, int, Item]] = deque()  # (arrival on the clock, bytes, item)
         self._bytes = 0
         self._turn = asyncio.Lock()  # keeps waiting senders in call order
         self._changed = asyncio.Event()  # an item came or went, or the end did
         self._error: Exception | None = None
+
+    def reshape(self, lane: Lane) -> None:
+        """Carry what is put from now on as this lane does; what is on its way arrives as it would have."""
+        self._lane = lane
+        self._room_bytes = self._queue_bytes + min(lane.in_flight_bytes, UNLIMITED_FLIGHT_BYTES)
 
     async def put(self, item: Item, num_bytes: int) -> None:
         """Send an item of `num_bytes`; raises the error given to `fail`, if any."""
@@ -147,6 +154,7 @@ class LaneQueue(Generic[Item]):
             arrival_s = self._lane.deliver_at(self._clock.now_s(), num_bytes)
             self._items.append((arrival_s, num_bytes, item))
             self._bytes += num_bytes
+            self.carried_bytes += num_bytes
             self._changed.set()
 
     async def get(self) -> Item:

@@ -110,6 +110,17 @@ class Proxy:
         """End whatever acts, and forget whatever was to come; what is half-open stays so."""
         self._faults.heal()
 
+    def reshape(self, shape: LinkShape) -> None:
+        """From now on be another link, connections staying open."""
+        up, down = shape.lanes()
+        self._up.reshape(up)
+        self._down.reshape(down)
+
+    @property
+    def carried_bytes(self) -> tuple[int, int]:
+        """What all connections have sent so far, up and down; what is on its way counts."""
+        return self._up.carried_bytes, self._down.carried_bytes
+
     def down(self, is_down: bool) -> None:
         """Break the link, or mend it: nothing arrives in between, connections stay open."""
         self._clock.down(is_down)
