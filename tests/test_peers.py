@@ -192,7 +192,7 @@ def test_the_command_refuses_a_folder_without_a_build(tmp_path: Path) -> None:
 
 
 def test_the_half_that_goes_away_is_a_layer_more_in_their_count_because_the_head_is_counted_first() -> None:
-    assert half_remote(22, "127.0.0.1:7") == ("--rpc", "127.0.0.1:7", "-ngl", "12", "-ot", "^output=CPU")
+    assert half_remote(22, "127.0.0.1:7") == ("--rpc", "127.0.0.1:7", "-ngl", "12", "-ot", "^(output|token_embd)=CPU")
     assert half_remote(5, "a:1")[3] == "4", "the device has the smaller half of 5, as `edge[0:2] cloud[2:5]`"
 
 

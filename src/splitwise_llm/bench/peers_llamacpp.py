@@ -204,8 +204,9 @@ def server(binaries: Binaries, model: Path, threads: int, *options: str) -> Iter
 
 
 def half_remote(layers: int, address: str) -> tuple[str, ...]:
-    """Its flags for the second half of the layers on an RPC server, the head here: `-ngl` counts the head first."""
-    return ("--rpc", address, "-ngl", str(layers - layers // 2 + 1), "-ot", "^output=CPU")
+    """Its flags for the second half of the layers on an RPC server, the head here: `-ngl` counts the head first. A tied
+    head goes by the name of the embedding."""
+    return ("--rpc", address, "-ngl", str(layers - layers // 2 + 1), "-ot", "^(output|token_embd)=CPU")
 
 
 def free_port() -> int:
