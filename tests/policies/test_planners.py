@@ -225,7 +225,7 @@ def test_every_planner_gets_the_same_tools_and_uses_no_others() -> None:
             assert decision.draft == 2, name
 
 
-# Dies when policies/planners.py says `Decision(partition, wire, chunk, draft)` for `Decision(partition, wire, chunk, draft, early)`.
+# Dies when policies/planners.py says `chunk, draft)` for `chunk, draft, early)`.
 @pytest.mark.parametrize("name", DRIVEN)
 def test_where_the_prompt_is_long_and_the_link_slow_the_prefill_alone_may_be_lossy(name: str) -> None:
     world = World(SPEC, (Host(SLOW), Host(FAST)), {(0, 1): WAN})

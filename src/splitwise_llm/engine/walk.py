@@ -87,6 +87,8 @@ class _Stop:
     residuals_out: tuple[Move, ...]
     crossing: Move | None
     """A move of the residual stream after this stage, whoever sends it: all copies become what it carries."""
+    goes_on: bool
+    """Whether this machine keeps its copy: it has a part in the next stage, and the stream does not come to it."""
     last_only: bool
     """Only the last position of the last chunk matters after this stage."""
     only_if_emits: bool
@@ -112,11 +114,16 @@ def _stops(plan: Plan, me: int) -> tuple[_Stop, ...]:
                 joins=me in plan.joiners[index],
                 residuals_out=tuple(move for move in residuals if move.src == me),
                 crossing=residuals[0] if residuals else None,
+                goes_on=_goes_on(plan, index, me),
                 last_only=any(move.last_only for move in moves),
                 only_if_emits=isinstance(stage, Serial) and stage.is_head_only,
             )
         )
     return tuple(stops)
+
+
+def _goes_on(plan: Plan, index: int, me: int) -> bool:
+    return me in plan.joiners[index] and index + 1 < len(plan.stages) and me in plan.stages[index + 1].machines
 
 
 @dataclass(slots=True)
@@ -360,7 +367,8 @@ class Walker:
             x = x[-1:]
         x = self._lose(x, stop.index, Kind.RESIDUAL, stop.crossing.src, one.step)
         wire = self._wire(one.step)
-        return codec.round_trip(x, wire), codec.encode(x, wire) if stop.residuals_out else b""
+        payload = codec.encode(x, wire) if stop.residuals_out else b""
+        return codec.round_trip(x, wire) if stop.goes_on else x, payload
 
     # Small things
 
