@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from splitwise_llm.cost import Price, World, obstacle, price
+from splitwise_llm.cost import Price, World, best_chunk, default_chunk, obstacle, price
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError
-from splitwise_llm.observation import Observation, Occasion, Policy
+from splitwise_llm.observation import Always, Observation, Occasion, Policy
 from splitwise_llm.policies import find_policy
 from splitwise_llm.policies.in_flight import Running
 from splitwise_llm.policies.objective import Latency
@@ -69,6 +69,22 @@ class Insisting:
         decision = self.policy.decide(observation)
         patience = decision.patience if self.patience is None else self.patience
         return replace(decision, patience=patience, shadow=self.shadow or decision.shadow)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunked(Always):
+    """What `--partition` means without `--chunk`: the decision, its prompt in the chunks that bring the first token
+    soonest."""
+
+    def decide(self, observation: Observation) -> Decision:
+        """The decision in the chunks it was given at admission."""
+        told = Always.decide(self, observation)
+        if observation.placement is not None:
+            return replace(told, prefill_chunk=observation.placement.decision.prefill_chunk)
+        if observation.world is None:
+            return replace(told, prefill_chunk=default_chunk(told, observation.prompt_tokens))
+        conditions = observation.world.conditions(observation.loads)
+        return replace(told, prefill_chunk=best_chunk(observation.world, told, observation.job, conditions))
 
 
 @dataclass(frozen=True, slots=True)

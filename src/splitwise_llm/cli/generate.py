@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +38,8 @@ from splitwise_llm.observation import EVERYTHING, Always, Policy, Tools
 from splitwise_llm.spec import Dtype, Weights, find_device
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from splitwise_llm.engine.backoff import RecoveryRules
     from splitwise_llm.engine.edge import Edge
     from splitwise_llm.engine.generation import Generation
@@ -64,7 +67,8 @@ def generate(
         typer.Option(help="Activations on the wire while the prompt is prefilled.", show_default="as --wire"),
     ] = None,
     chunk: Annotated[
-        int | None, typer.Option(min=0, help="Prompt positions per prefill chunk; 0: all at once.")
+        int | None,
+        typer.Option(min=0, help="Prompt positions per prefill chunk; 0: all at once.", show_default="by cost"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many.")] = 64,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
@@ -254,7 +258,7 @@ class _Asked:
 
     def decides(self, edge: Edge) -> Policy:
         """Who decides, with patience and shadow as they were asked for."""
-        from splitwise_llm.cli.choice import Explained, Insisting
+        from splitwise_llm.cli.choice import Chunked, Explained, Insisting
 
         said = self.said
         patience = None if said["patience"] is None else float(said["patience"])  # as text: JSON has no infinity
@@ -265,7 +269,7 @@ class _Asked:
             )
             if patience is not None:
                 decision = replace(decision, patience=patience)
-            decides: Policy = Always(decision)
+            decides: Policy = Chunked(decision) if said["chunk"] is None else Always(decision)
         else:
             decides = Insisting.where_asked(self._policy, patience, said["shadow"])
         return Explained(decides, self.policy_name or "--partition", edge.names, note) if self._explain else decides
@@ -281,8 +285,12 @@ async def _show(generation: Generation, asked: _Asked, json_file: Path | None, q
         for name, error in generation.unreachable.items() if asked.policy_name and not quiet else ():
             note(f"going on without {name}: {error}")
         try:
-            async for token in generation:
-                print(token.text, end="", flush=True)
+            with ExitStack() as until_first:
+                if not (quiet or generation.certain):
+                    until_first.enter_context(prefill_bar(generation))
+                async for token in generation:
+                    until_first.close()
+                    print(token.text, end="", flush=True)
         finally:
             print()
             path = generation.status.journal_path
@@ -297,6 +305,30 @@ async def _show(generation: Generation, asked: _Asked, json_file: Path | None, q
 
         for line in hindsight(record):
             note(line)
+
+
+@contextmanager
+def prefill_bar(generation: Generation, console: Console | None = None) -> Iterator[None]:
+    """A progress bar on standard error while a prompt of several chunks is prefilled; only on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    columns = (TextColumn("prompt"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("prompt", total=None, visible=False)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, visible=True)
+
+        generation.on_progress = show
+        try:
+            yield
+        finally:
+            generation.on_progress = None
 
 
 def _summary(record: RequestRecord) -> str:

@@ -12,10 +12,12 @@
 | `price` | figures under conditions: `Table` (many bills under many), `price` (one under one) |
 | `moving` | going on with another partition in mid-generation |
 | `limits` | what forbids a decision, in words |
+| `chunking` | the chunks in which a prompt is best prefilled |
 """
 
 from splitwise_llm.cost.accuracy import NO_LOSS, Accuracy
 from splitwise_llm.cost.bill import Bill, bill, memory_bytes
+from splitwise_llm.cost.chunking import best_chunk, default_chunk
 from splitwise_llm.cost.counts import (
     assigned_kv_bytes,
     assigned_weight_bytes,
@@ -64,7 +66,9 @@ __all__ = [
     "World",
     "assigned_kv_bytes",
     "assigned_weight_bytes",
+    "best_chunk",
     "bill",
+    "default_chunk",
     "head_flop",
     "memory_bytes",
     "model_flop",

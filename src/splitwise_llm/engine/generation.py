@@ -93,6 +93,9 @@ class Token:
 class Generation:
     """One prompt being answered. After the last token, `record` says how it went."""
 
+    on_progress: Callable[[int, int], object] | None = None
+    """Told how many positions of how many have been prefilled, after each chunk that is not the last."""
+
     def __init__(
         self,
         device: Device,
@@ -436,6 +439,7 @@ class Generation:
             plan, self._request, share, self._device.machine, post, ids=self.ids, on_token=self._take,
             choose=self._choose, kept=self._journal.boundaries, taps=self._taps(decision.partition),
         )  # fmt: skip
+        walker.on_chunk = lambda done: self.on_progress and self.on_progress(done, known)
         post.keep = walker.keep
         run = Run(decision, walker, post, workers, time.monotonic() - self._account.start_s, why)
         filling.wires |= decision.wires

@@ -157,6 +157,8 @@ class Walker:
     another partition."""
     on_token: OnToken | None = None
     """Called on the device for each token, in order."""
+    on_chunk: Callable[[int], object] | None = None
+    """Told after each prefill chunk that is not the last how many positions this machine is done with."""
     choose: Choose | None = None
     """Replaces sampling where the head is on this machine."""
     intervals: list[Interval] = field(default_factory=list)
@@ -247,6 +249,8 @@ class Walker:
                 sampled = await self._serial(one, stop, stop.stage)
             else:
                 await self._shared(one, stop, stop.stage)
+        if self.on_chunk and not one.step.emits:
+            self.on_chunk(one.step.start + one.step.count)
         return sampled
 
     async def _enter(self, one: _Pass, token: Sampled | None) -> None:
