@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,20 @@ def test_a_schedule_that_broke_once_is_got_over(
 ) -> None:
     for _ in range(3):  # they run in real time
         check(undisturbed, found(undisturbed.spec("gpt2")))
+
+
+def test_a_link_lost_between_rounds_costs_the_drafts_accepted_last_and_they_are_counted(
+    undisturbed: Undisturbed,
+) -> None:
+    cut = decided(undisturbed.spec("llama"), "edge[0:2] cloud[2:4]", draft=4, patience=INF)
+    counted: list[int] = []
+    for token, after in product((2, 6), range(4)):
+        schedule = Schedule("llama", (Answerer((cut,), drafter="model"),), (Act(token, "reset", "cloud", None, after),))
+        record = check(undisturbed, schedule).outcomes[0].generation.record
+        counted.append(record.recomputed_tokens)
+        behind = [run.known - run.start for run in record.runs if run.tokens == 0 and run.known > PROMPT_TOKENS]
+        assert counted[-1] == sum(behind) <= 4 * sum(bool(run.ended) for run in record.runs), record.runs
+    assert any(counted)
 
 
 SETTINGS = settings(suppress_health_check=list(HealthCheck), phases=[Phase.generate])

@@ -45,6 +45,29 @@ def test_what_was_drafted_and_not_judged_does_not_go_into_the_share_of_the_next_
     assert (has[:, :, 5:] == 2.0).all()
 
 
+# Dies when engine/shares.py says `known, None)` for `known, self._next)`.
+def test_a_run_begins_with_what_was_filled_for_the_next_partition_while_the_last_run_broke(
+    tiny: Callable[[str], Path],
+) -> None:
+    with Machine(Checkpoint(tiny("llama"))) as machine:
+        spec = machine.spec
+        alone, divided = Partition.all_on(spec, ME), Partition.shared(spec, {0: 1, ME: 1})
+        rows = Rows(spec.head_dim)
+        mine, everything = divided.units_on(ME, 0), alone.units_on(ME, 0)
+
+        async def play() -> None:
+            shares = Shares(machine, "cloud", ME, 20)
+            await shares.begin(divided, 0)
+            for half in range(0, 2 * spec.num_layers, 2):  # a prefill breaks off, and a shadow has seen all of it
+                await shares.put(divided, half, mine, 0, 3, rows(mine, 3, 1.0))
+                await shares.put(alone, half, everything, 0, 8, rows(everything, 8, 1.0))
+            assert {filled for _, _, filled in shares.cached} == {8}
+            share = await shares.begin(divided, 8)
+            assert {filled for _, _, filled in share.held} == {8}
+
+        asyncio.run(play())
+
+
 class Rows:
     """Keys and values, all of one number."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from splitwise_llm import plan as plans
 from splitwise_llm.decision import Decision, WirePrecision
-from splitwise_llm.engine.account import Account
+from splitwise_llm.engine.account import Account, Run
 from splitwise_llm.engine.controller import Controller
 from splitwise_llm.engine.direct import DirectLinks
 from splitwise_llm.engine.journal import Journal
@@ -55,6 +55,8 @@ class Filling:
     wires: set[WirePrecision] = field(default_factory=set)
     """All that runs have used: what is kept is in one of them."""
     last_run: int = 0
+    broken: dict[int, Run] = field(default_factory=dict)
+    """By worker, the last run that failed there."""
 
     def __post_init__(self) -> None:
         self.last_run = max((one.run + OTHERS_RUNS for one in self.journal.decisions), default=0)
@@ -232,9 +234,18 @@ class Filling:
         for half in range(fill.first + fill.first % 2, fill.stop, 2):
             owners = last if last and half == fill.stop - 1 else set(partition.owners(half))
             for number in owners:
-                has = held.machines[number].covered(half, partition.units_on(number, half))
+                units = partition.units_on(number, half)
+                has = self._computed(number, half, units, held.machines[number].covered(half, units))
                 again = max(again, min(has, fill.context) - fill.start)
         self.account.recomputed_tokens += again
+
+    def _computed(self, number: int, half: int, units: Sequence[int], has: int) -> int:
+        """How many positions a machine had, of which it still has some: whose link was lost between two rounds was not
+        told which drafted tokens were right, and has forgotten them."""
+        run = self.broken.get(number)
+        if run is None or not run.depths or not set(units) <= set(run.decision.partition.units_on(number, half)):
+            return has
+        return run.certain if 0 < run.certain - has <= run.post.plan.decision.draft and has else has
 
     async def _carry(self, carry: Carry, decision: Decision) -> None:
         """Bring keys and values from one machine to another, by way of the device. Raises SplitwiseError."""

@@ -312,6 +312,7 @@ class Generation:
                     await self._background.stop("shadow")
                     if run:
                         await self._halting.abandon(run, error)
+                        self._filling.broken.update(dict.fromkeys(run.workers, run))
                     if run or not self._moving.goes_back(error):
                         await self._recover(error)
                     why = "fault"
