@@ -151,7 +151,8 @@ def test_a_prompt_in_a_lossy_precision_leaves_the_later_tokens_crossings_exact(
     first: dict[tuple[WirePrecision, WirePrecision | None], list[Tensor]] = {}
     for wire, early in ((WirePrecision.FP32, WirePrecision.INT8), (WirePrecision.INT8, None)):
         seen.clear()
-        asyncio.run(run(directory, Decision(partition, wire, 5, prefill_wire=early), PROMPT, 3))
+        record = asyncio.run(run(directory, Decision(partition, wire, 5, prefill_wire=early), PROMPT, 3))
+        assert not record.is_degraded
         first[wire, early] = list(seen)
     mixed, lossy = first.values()
     assert torch.equal(mixed[0], lossy[0])

@@ -926,7 +926,7 @@ class Generation:
                             self._account.peak_memory_bytes[peer.number] = answer.peak_memory_bytes
         self._journal.finish("stop" if self.ids[-1] in self._request.stop_ids else "length")
         self._account.peak_memory_bytes[DEVICE] = peak_memory_bytes()
-        self._account.is_degraded |= len(self._filling.wires) > 1
+        self._account.is_degraded |= len({(one.decision.wire, one.decision.prefill_wire) for one in self._runs}) > 1
         emulated = {n: peer.greeted.welcome.emulated for n, peer in self._peers.items() if peer.greeted}
         emulated[DEVICE] = self._device.machine.emulated
         made = len(self.ids) - self._begun_at
