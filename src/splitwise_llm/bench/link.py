@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from splitwise_llm.bench.figures import Figures, interleaved
 from splitwise_llm.bench.overhead import NO_WORDS, PROMPT, Tell
 from splitwise_llm.bench.processes import shaped_link, worker
 from splitwise_llm.bench.random_models import OVERHEAD_LLAMA, make_model
-from splitwise_llm.cost import UNKNOWN_CHUNK
+from splitwise_llm.cost import default_chunk
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.engine.edge import Edge, edge_with
 from splitwise_llm.partition import Partition
@@ -99,17 +100,19 @@ async def _prefill(result: Figures, edge: Edge, rounds: int, tell: Tell) -> None
     ids = torch.randint(spec.vocab_size, (LONG_PROMPT,), generator=torch.Generator().manual_seed(7)).tolist()
     partition = link_partitions(spec)["u"]
     for wire in (WirePrecision.FP32, WirePrecision.INT8):
+        decision = Decision(partition, prefill_wire=wire)
+        chunk = default_chunk(decision, LONG_PROMPT)
+        decision = replace(decision, prefill_chunk=chunk)
         over: list[float] = []
         for number in range(rounds + 1):
             tell(f"a prompt of {LONG_PROMPT} tokens in {wire}, round {number} of {rounds}")
-            decision = Decision(partition, prefill_wire=wire, prefill_chunk=UNKNOWN_CHUNK)
             async with edge.generate(ids, decision, max_new_tokens=1, stop_ids=()) as generation:
                 async for _ in generation:
                     pass
             if number:
-                over.append(generation.record.ttft_s / prefill_bound_s(generation.record, UNKNOWN_CHUNK))
+                over.append(generation.record.ttft_s / prefill_bound_s(generation.record, chunk or LONG_PROMPT))
         name = "ttft_over_bound" if wire is WirePrecision.FP32 else f"ttft_over_bound_{wire}"
-        result.add_median(name, over, f"{LONG_PROMPT} tokens, U, {wire} on the wire; bar 1.2")
+        result.add_median(name, over, f"{LONG_PROMPT} tokens, U, {wire} on the wire, chunks of {chunk}; bar 1.2")
 
 
 def prefill_bound_s(record: RequestRecord, chunk: int) -> float:

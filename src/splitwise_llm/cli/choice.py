@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from splitwise_llm.cost import UNKNOWN_CHUNK, Price, World, best_chunk, obstacle, price
+from splitwise_llm.cost import Price, World, best_chunk, default_chunk, obstacle, price
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError
 from splitwise_llm.observation import Always, Observation, Occasion, Policy
@@ -87,8 +87,7 @@ class Chunked:
         if observation.placement is not None:
             return observation.placement.decision
         if observation.world is None:
-            is_whole = len(decision.partition.machines) == 1 or observation.prompt_tokens <= UNKNOWN_CHUNK
-            return decision if is_whole else replace(decision, prefill_chunk=UNKNOWN_CHUNK)
+            return replace(decision, prefill_chunk=default_chunk(decision, observation.prompt_tokens))
         conditions = observation.world.conditions(observation.loads)
         return replace(decision, prefill_chunk=best_chunk(observation.world, decision, observation.job, conditions))
 

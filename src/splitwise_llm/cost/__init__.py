@@ -18,7 +18,7 @@
 
 from splitwise_llm.cost.accuracy import NO_LOSS, Accuracy
 from splitwise_llm.cost.bill import Bill, bill, memory_bytes
-from splitwise_llm.cost.chunking import UNKNOWN_CHUNK, best_chunk
+from splitwise_llm.cost.chunking import best_chunk, default_chunk
 from splitwise_llm.cost.counts import (
     assigned_kv_bytes,
     assigned_weight_bytes,
@@ -43,7 +43,6 @@ from splitwise_llm.cost.world import Drafter, Job, Tariff, World
 __all__ = [
     "IDLE",
     "NO_LOSS",
-    "UNKNOWN_CHUNK",
     "UNLIMITED",
     "Accuracy",
     "Basis",
@@ -74,6 +73,7 @@ __all__ = [
     "best_chunk",
     "best_draft",
     "bill",
+    "default_chunk",
     "head_flop",
     "memory_bytes",
     "model_flop",
