@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from physics.examples import FP16, SMALL, box, edge_and_cloud, world, worlds
+from splitwise_llm.cli.choice import Chunked
 from splitwise_llm.cost import Job, best_chunk, default_chunk, price
 from splitwise_llm.cost.chunking import GRID, UNPROFILED
 from splitwise_llm.decision import Decision
+from splitwise_llm.observation import MachineView, Observation, Placement
 from splitwise_llm.partition import Partition
-from splitwise_llm.spec import LinkSpec
+from splitwise_llm.spec import Dtype, LinkSpec, Weights
 from strategies import partitions
 
 U = Partition.u_shape(SMALL, 2, 2)
@@ -45,7 +47,7 @@ def test_one_machine_needs_no_chunks() -> None:
     assert best_chunk(here, alone, Job(1000, 1)) is None
 
 
-# Dies when cost/chunking.py says `< 1` for `< 2`.
+# Dies when cost/chunking.py says `prompt_tokens >= 0` for `prompt_tokens >= 2 * UNPROFILED`.
 @pytest.mark.parametrize(("text", "prompt", "chunk"), [
     ("all:edge", 1000, None), ("all:cloud", 1000, None), ("edge[0:2] cloud[2:6] edge[6:8]", 1000, UNPROFILED),
     ("edge[0:2] cloud[2:6] edge[6:8]", 2 * UNPROFILED - 1, None),
@@ -54,3 +56,17 @@ def test_without_figures_a_prompt_is_cut_where_machines_could_overlap(
     text: str, prompt: int, chunk: int | None
 ) -> None:
     assert default_chunk(Decision(Partition.parse(text, SMALL, ("edge", "cloud"))), prompt) == chunk
+
+
+# Dies when cli/choice.py says `observation.placement is None` for `observation.placement is not None`.
+def test_a_given_partition_is_chunked_at_admission_and_stays_so() -> None:
+    link = LinkSpec.parse("rtt=20ms up=1mbit down=1mbit")
+    here, told = world(SMALL, box(), box(), link=link), Decision(U, FP16)
+    views = tuple(MachineView(name, True, 10**9, Dtype.FP32, Weights.FULL) for name in ("edge", "cloud"))
+    unknown = Observation(SMALL, views, 1000, 8)
+    assert Chunked(told).decide(unknown) == replace(told, prefill_chunk=UNPROFILED)
+    seen = replace(unknown, world=here)
+    chosen = Chunked(told).decide(seen)
+    assert chosen.prefill_chunk == best_chunk(here, told, seen.job) == 16
+    later = replace(unknown, placement=Placement(chosen, 1003, 3))
+    assert Chunked(told).decide(later) == chosen
