@@ -1,0 +1,23 @@
+"""What one machine does at a stage, worked out before the first step."""
+
+from __future__ import annotations
+
+from hypothesis import given
+
+from physics.examples import SMALL
+from splitwise_llm import plan as plans
+from splitwise_llm.decision import Decision
+from splitwise_llm.engine.walk import _stops
+from splitwise_llm.partition import Partition
+from strategies import NAMES, partitions
+
+
+# Dies when engine/walk.py says `return index + 1 <` for `return me in plan.joiners[index] and index + 1 <`.
+@given(partitions(SMALL))
+def test_a_copy_is_kept_where_the_next_stage_does_not_receive_one(partition: Partition) -> None:
+    plan = plans.compile(Decision(partition), SMALL, len(NAMES))
+    for me in partition.machines:
+        stops = {stop.index: stop for stop in _stops(plan, me)}
+        for index, stop in stops.items():
+            following = stops.get(index + 1)
+            assert stop.goes_on == (following is not None and following.arrives is None)
