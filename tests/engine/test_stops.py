@@ -12,7 +12,8 @@ from splitwise_llm.partition import Partition
 from strategies import NAMES, partitions
 
 
-# Dies when engine/walk.py says `return index + 1 <` for `return me in plan.joiners[index] and index + 1 <`.
+# Dies when engine/walk.py says `return index + 1 < len(plan.stages)` for
+# `return index + 1 < len(plan.stages) and me in plan.stages[index + 1].machines`.
 @given(partitions(SMALL))
 def test_a_copy_is_kept_where_the_next_stage_does_not_receive_one(partition: Partition) -> None:
     plan = plans.compile(Decision(partition), SMALL, len(NAMES))

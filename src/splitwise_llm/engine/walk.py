@@ -123,7 +123,7 @@ def _stops(plan: Plan, me: int) -> tuple[_Stop, ...]:
 
 
 def _goes_on(plan: Plan, index: int, me: int) -> bool:
-    return me in plan.joiners[index] and index + 1 < len(plan.stages) and me in plan.stages[index + 1].machines
+    return index + 1 < len(plan.stages) and me in plan.stages[index + 1].machines
 
 
 @dataclass(slots=True)
