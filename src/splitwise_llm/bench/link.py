@@ -46,17 +46,14 @@ def network_s_per_token(spec: ModelSpec, partition: Partition) -> float:
     return plan.round_trips_per_token * parse_seconds(RTT) + (two - one) / parse_rate(RATE)
 
 
-def ttft_bound_s(plan: Plan, prompt_tokens: int, unsplit_s: float, cloud_s: float) -> float:
-    """The least a U-shape of equal halves takes until its first token: what the slowest of device, uplink, cloud and
-    downlink does with the whole prompt, and the way of one chunk through the other three, latency included.
-
-    `unsplit_s` and `cloud_s`: the time that the device, and the cloud, takes alone for the whole model in as large
-    chunks.
-    """
+def ttft_bound_s(plan: Plan, prompt_tokens: int, device_s: float, cloud_s: float) -> float:
+    """The least a split takes until its first token: what the slowest of device, uplink, cloud and downlink does with
+    the whole prompt, and the way of one chunk through the other three, latency included. `device_s` and `cloud_s`: what
+    each computes for its part."""
     sent = {DEVICE: 0, 1: 0}
     for one in plan.traffic(prompt_tokens, 1):
         sent[one.src] += one.payload_bytes
-    stations = [unsplit_s / 2, cloud_s / 2, *(size / parse_rate(RATE) for size in sent.values())]
+    stations = [device_s, cloud_s, *(size / parse_rate(RATE) for size in sent.values())]
     rest = sum(stations) - max(stations)
     return max(stations) + rest / plan.decision.num_chunks(prompt_tokens) + parse_seconds(RTT)
 
@@ -106,25 +103,33 @@ async def _measure(result: Figures, edge: Edge, rounds: int, tokens: int, tell: 
 
 
 async def _measure_prefill(result: Figures, edge: Edge, rounds: int, tell: Tell) -> None:
-    """`ttft_over_bound`: a U-shape in the chunks of `--partition`, over `ttft_bound_s` of the same round."""
+    """`ttft_over_bound`: a U-shape in the chunks of `--partition`, over `ttft_bound_s` of what each machine takes alone
+    for its half of the model. `ttft_over_busy_bound`: over that of what they computed in the same run, for on one
+    computer two machines that compute at the same time slow each other down."""
     spec, prompt = edge.machine.spec, len(LONG_PROMPT)
     partitions = link_partitions(spec)
     decision = Decision(partitions["u"])
     decision = replace(decision, prefill_chunk=default_chunk(decision, prompt))
     plan = plans.compile(decision, spec, 2)
+    busy: list[float] = []
 
     async def once(name: str) -> float:
         one = replace(decision, partition=partitions[name])
         async with edge.generate(LONG_PROMPT, one, max_new_tokens=1, stop_ids=()) as generation:
             async for _ in generation:
                 pass
-        return generation.record.ttft_s
+        record = generation.record
+        if name == "u":
+            seconds = [sum(each.stop_s - each.start_s for each in machine.intervals) for machine in record.machines]
+            busy.append(ttft_bound_s(plan, prompt, *seconds))
+        return record.ttft_s
 
     names = ("unsplit", "u", "cloud")
     times = await interleaved({name: partial(once, name) for name in names}, rounds, tell)
-    alone = zip(times["unsplit"], (s - parse_seconds(RTT) for s in times["cloud"]), strict=True)
-    bounds = [ttft_bound_s(plan, prompt, *each) for each in alone]
+    alone = zip(times["unsplit"], times["cloud"], strict=True)
+    bounds = [ttft_bound_s(plan, prompt, here / 2, (there - parse_seconds(RTT)) / 2) for here, there in alone]
     chunk = f"{prompt} tokens, chunks of {decision.prefill_chunk}"
     result.add_median("ttft_over_bound", ratios(times["u"], bounds), chunk)
+    result.add_median("ttft_over_busy_bound", ratios(times["u"], busy[1:]), chunk)  # the first round is thrown away
     result.add_median("long_u_ttft_s", times["u"], chunk)
     result.add_median("long_bound_s", bounds, "the slowest of device, link and cloud, and one chunk's way")
