@@ -43,6 +43,10 @@ STUCK_S, STUCK_STEPS = 60.0, 20.0
 """A run whose machines answer pings is given up after so long, or so many times its predicted step, without a token."""
 UNKNOWN_STEP_S = 0.25
 """Of machines that nobody has measured: what a step is taken to last until tokens say it."""
+UNKNOWN_RATE = 2.5e5
+"""Bytes/s of a link of which nobody said what it carries: a slow one is not taken for a dead one."""
+SILENCE_STEPS = 4.0
+"""So many times its step a link may be silent (`RecoveryRules.steps`)."""
 RECENT = 0.2
 """Weight of the latest time between tokens in the average of what was seen."""
 
@@ -260,11 +264,22 @@ class Controller:
         """Until a run's first token."""
         seen = self._seen
         if seen is None or seen.world is None:
-            return max(UNKNOWN_STEP_S, self._token_s or 0.0)
+            return max(UNKNOWN_STEP_S, self._token_s or 0.0) + self._carrying_s(decision, extent) / SILENCE_STEPS
         job = Job(extent.known, max(extent.tokens, 1))
         expected = price(seen.world, decision, job, seen.world.conditions(seen.loads))
         share = (extent.known - extent.start) / extent.known
         return expected.ttft_s * share + expected.tpot_s
+
+    def _carrying_s(self, decision: Decision, extent: Extent) -> float:
+        """What a run's prompt takes on the slowest link that it crosses, as far as one knows: nothing is heard
+        meanwhile, since pings wait behind it."""
+        workers = [n for n in decision.partition.machines if n != DEVICE]
+        if len(decision.partition.machines) == 1:
+            return 0.0
+        wire = decision.wire_in(is_prefill=True)
+        size = wire.payload_bytes(extent.known - extent.start, self.machine.spec.d_model)
+        known = [self.rates[DEVICE, n] for n in workers if (DEVICE, n) in self.rates]
+        return size / min([min(one.up, one.down) for one in known] or [UNKNOWN_RATE])
 
     def stuck_s(self, decision: Decision, extent: Extent) -> float:
         """After which silence of a run something must be wrong, whatever its machines say."""
