@@ -203,13 +203,13 @@ def test_a_visit_to_a_loaded_machine_waits_for_its_running_iteration(text: str, 
 class Stopwatch:
     """Measured times that are easy to recognise."""
 
-    def half_s(self, part: Part, units: int, rows: int, context: int, rested: bool = False) -> float:
-        return units * rows * (1.0 if part is Part.ATTENTION else 2.0)
+    def half_s(self, part: Part, units: int, rows: int, context: int, rested: bool = False, batch: int = 1) -> float:
+        return batch * units * rows * (1.0 if part is Part.ATTENTION else 2.0)
 
     def head_s(self, rows: int, rested: bool = False) -> float:
         return 1000.0 * rows
 
-    def stage_s(self, rows: int, rested: bool = False) -> float:
+    def stage_s(self, rows: int, rested: bool = False, batch: int = 1) -> float:
         return 1e5
 
     def call_s(self, threaded: bool) -> float:

@@ -15,15 +15,29 @@ import pytest
 
 from splitwise_llm.bench import fidelity
 from splitwise_llm.bench.accuracy import Choice, Text, boundaries, measure, spans, windows
-from splitwise_llm.bench.fidelity import LINKS, SLOWER, Case, Outcome, Stand, cases, decisions, summarise
+from splitwise_llm.bench.fidelity import Outcome, Stand, seconds_per_token, summarise
+from splitwise_llm.bench.fidelity_cases import (
+    EMULATED,
+    KINDS,
+    LINKS,
+    SLOWER,
+    Case,
+    Told,
+    cases,
+    decisions,
+    kind_of,
+    right_tokens,
+    rounds,
+)
 from splitwise_llm.bench.figures import Figures
 from splitwise_llm.bench.neighbours import Neighbours
 from splitwise_llm.bench.processes import worker
 from splitwise_llm.cost import NO_LOSS, Accuracy, Host, Job, World, price
+from splitwise_llm.cost.drafting import tokens_per_round
 from splitwise_llm.cost.measured import Measured
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.engine.profiling import Grid
-from splitwise_llm.errors import RequestError
+from splitwise_llm.errors import BrokenInvariant, RequestError
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.partition import Partition
 from splitwise_llm.spec import DeviceSpec, Dtype, LinkSpec, Weights, find_model
@@ -42,11 +56,14 @@ def test_every_kind_of_partition_is_run_on_every_link() -> None:
     assert any(len({*layer.groups, *layer.shards}) > 1 and not layer.is_shared for p in kinds for layer in p.layers)
     assert any(partition.head == 0 and partition.layers[-1].groups[0] == 1 for partition in kinds)
     assert {decision.wire for decision in run.values()} == {WirePrecision.FP32, WirePrecision.INT8}
-    assert {decision.prefill_chunk for decision in run.values()} == {None, 32}
+    assert {kind_of(name) for name in run} == set(KINDS)
+    assert {kind_of(name) for name, decision in run.items() if decision.draft} == {"drafting"}
+    assert all(decision.prefill_chunk for name, decision in run.items() if kind_of(name) == "overlap")
+    assert any(decision.prefill_wire is WirePrecision.INT8 for decision in run.values())
     everything = list(cases(BUNDLED, 16, list(run), list(LINKS)))
     assert len(everything) == len(run) * len(LINKS)
     for link in LINKS:
-        assert {case.slower for case in everything if case.link == link} == set(fidelity.EMULATED)
+        assert {case.slower for case in everything if case.link == link} == set(EMULATED)
 
 
 def test_figures_are_absolute_and_signed_errors_of_all_cases() -> None:
@@ -55,11 +72,15 @@ def test_figures_are_absolute_and_signed_errors_of_all_cases() -> None:
         Outcome(Case(str(n), decision, Job(8, 4), link, (1.0, 1.0)), -n / 10, n / 100, 0.0, 0.0)
         for n, link in enumerate([*LINKS, *LINKS])
     ]
+    outcomes.append(Outcome(Case("many", decision, Job(8, 4), "5ms_100mbit", (1, 1), "sessions"), None, 0.03, 0.0, 0.0))
     result = Figures("fidelity")
     summarise(result, outcomes)
     assert result.figures["ttft_median_abs_error"] == pytest.approx(0.35)
     assert result.figures["ttft_p90_abs_error"] == pytest.approx(0.7)
     assert result.figures["tpot_p90_abs_error"] == pytest.approx(0.07)
+    assert result.figures["tpot_median_abs_error_sessions"] == pytest.approx(0.03)
+    assert "ttft_median_abs_error_sessions" not in result.figures  # how prompts take turns is not priced
+    assert "tpot_median_abs_error_drafting" not in result.figures  # there was none
     assert result.figures["bytes_max_abs_error"] == result.figures["crossings_max_abs_error"] == 0
     assert result.figures["signed_error_5ms_100mbit_ttft"] == pytest.approx(-0.2)
     assert result.figures["signed_error_80ms_5mbit_tpot"] == pytest.approx(0.05)
@@ -74,14 +95,40 @@ def test_real_runs_cross_as_often_and_carry_as_much_as_they_are_priced() -> None
             block = [
                 Case("cut_middle", known["cut_middle"], Job(96, 6), link, (1.0, 1.0)),
                 Case("shared_one", known["shared_one"], Job(64, 6), link, (SLOWER, 1.0)),
+                Case("draft_u", known["draft_u"], Job(32, 12), link, (1.0, 1.0), "drafting"),
+                Case("sessions_u", known["sessions_u"], Job(16, 24), link, (1.0, 1.0), "sessions"),
             ]
             return await fidelity.measure(stand, [block], 1, Grid(((120, 120), (120, 32)), ((32, 32),)), lambda _: None)
 
     outcomes = asyncio.run(play())
-    assert [(one.bytes, one.crossings) for one in outcomes] == [(0, 0), (0, 0)]
+    assert [(one.bytes, one.crossings) for one in outcomes] == [(0, 0)] * 4
     for one in outcomes:  # loosely: a neighbour may have the processor
-        assert -0.9 < one.ttft < 9
+        assert one.ttft is None or -0.9 < one.ttft < 9
         assert -0.9 < one.tpot < 9
+
+
+@pytest.mark.parametrize(("acceptance", "draft"), [(0.3, 2), (0.6, 3), (0.8, 4)])
+def test_a_drafter_that_was_told_the_text_is_right_as_often_as_it_is_asked_to_be(acceptance: float, draft: int) -> None:
+    tokens = 1200
+    played, made, text = [], 1, list(range(tokens))
+    drafter = Told(7, text, acceptance, 1000)
+    while made < tokens:
+        room = min(draft, tokens - made - 1)
+        guess = drafter.propose([0] * 7 + text[:made], room) if room else ()
+        right = next((n for n, token in enumerate(guess) if token != text[made + n]), len(guess))
+        played.append((1 + len(guess), 1 + right))
+        made += 1 + right
+    assert played == rounds(tokens, draft, acceptance)
+    # Dies when bench/fidelity_cases.py says `draw = (number * GOLDEN) % 0.5` for `draw = (0.5 + number * GOLDEN) % 1`.
+    assert (tokens - 1) / len(played) == pytest.approx(tokens_per_round(acceptance, draft), rel=0.01)
+    assert right_tokens(3, 0.0, draft) == 0
+
+
+def test_sessions_side_by_side_count_while_all_of_them_decode() -> None:
+    early, late = [0.0, 1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0, 6.0]
+    assert seconds_per_token([early, late]) == pytest.approx(1.0)
+    with pytest.raises(BrokenInvariant, match="ask for more tokens"):
+        seconds_per_token([early, [3.5, 4.5, 5.5, 6.5, 7.5]])
 
 
 def _proc(root: Path, busy: int, own: int) -> None:

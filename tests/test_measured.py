@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitwise_llm.cost import Host, Job, World, price, stage_seconds
-from splitwise_llm.cost.measured import HalfPoint, Measured, RowsPoint, SizePoint
+from splitwise_llm.cost.measured import BatchPoint, HalfPoint, Measured, RowsPoint, SizePoint
 from splitwise_llm.decision import Decision
 from splitwise_llm.errors import SpecError
 from splitwise_llm.partition import Part, Partition
@@ -97,6 +97,39 @@ def test_the_mean_of_two_tables_is_taken_point_by_point() -> None:
         Measured.between(table(RISING), other)
 
 
+def test_steps_of_few_rows_keep_what_was_measured_of_a_machine_that_does_not_wait() -> None:
+    few = tuple(HalfPoint(Part.FFN, 4, 4, 64, rested, 3.0 + rested) for rested in (False, True))
+    units = table(RISING, halves=table(RISING).halves + few, head=(RowsPoint(1, False, 0.5), RowsPoint(4, True, 0.9)))
+    assert [units.half_s(Part.FFN, 4, 4, 64, rested) for rested in (False, True)] == [3.0, 4.0]
+    assert units.half_s(Part.FFN, 4, 16, 64, False) == RISING[-1]
+    # Dies when cost/measured.py says `_line(mine or {` for `_line(both | mine or {`.
+    assert units.head_s(4, False) == 0.9
+
+
+def test_a_batch_takes_what_one_takes_and_what_the_others_add() -> None:
+    batches = (BatchPoint(1, 2.0, 3.0, 0.5), BatchPoint(4, 2.6, 3.3, 0.8))
+    units = table(RISING, batches=batches)
+    assert units.half_s(Part.ATTENTION, 4, 1, 64, True, 4) == pytest.approx(RISING[5] + 0.6)
+    assert units.half_s(Part.FFN, 2, 1, 64, True, 4) == pytest.approx(RISING[3] + 0.15)
+    assert units.stage_s(1, True, 4) == pytest.approx(0.2 + 0.3)
+    assert units.half_s(Part.FFN, 4, 1, 64, True, 1) == RISING[5]
+    assert table(RISING).half_s(Part.FFN, 4, 1, 64, True, 16) == RISING[-1]  # no batch was measured: rows
+    with pytest.raises(SpecError, match="expected 1 and then more"):
+        table(RISING, batches=batches[1:])
+
+
+def test_a_file_keeps_batches_and_one_without_any_is_read(tmp_path: Path) -> None:
+    units = table(RISING, batches=(BatchPoint(1, 2.0, 3.0, 0.5), BatchPoint(4, 2.6, 3.3, 0.8)))
+    path = tmp_path / "units.json"
+    path.write_text(units.to_json())
+    assert Measured.from_file(path) == units
+    assert Measured.between(units, units) == units
+    data = json.loads(units.to_json())
+    del data["batches"]
+    path.write_text(json.dumps(data))
+    assert Measured.from_file(path).batches == ()
+
+
 def _without(name: str) -> str:
     data = json.loads(table(RISING).to_json())
     del data[name]
@@ -166,6 +199,14 @@ def test_slowing_a_machine_stretches_what_it_computes_and_not_what_its_software_
     )
     # A slowed machine computes on its compute thread.
     assert slow == pytest.approx(3 * (own - units.here_s) + units.thread_s)
+
+
+def test_a_decode_step_of_one_sequence_stays_on_its_thread_drafts_or_none() -> None:
+    host = Host(DEVICE, measured=table(RISING))
+    # Dies when cost/hosts.py says `threaded = rows > 1 or batch > 1` for `threaded = is_prefill or batch > 1`.
+    assert host.stage_s(16, True) == pytest.approx(0.3 + 0.001)
+    assert host.stage_s(16, True, is_prefill=True) == pytest.approx(0.3 + 0.002)
+    assert host.stage_s(1, True, batch=2) == pytest.approx(0.2 + 0.1 / 15 + 0.002)
 
 
 def test_a_cloud_that_keeps_the_loop_still_sends_its_tokens() -> None:

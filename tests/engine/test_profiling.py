@@ -17,7 +17,7 @@ from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.meters import Gauge, Rapl, find_meter
 from splitwise_llm.engine.probing import probe
-from splitwise_llm.engine.profiling import Grid, Profiler, shares_measured
+from splitwise_llm.engine.profiling import BATCHES, FEW_ROWS, Grid, Profiler, shares_measured
 from splitwise_llm.engine.roofline import Peaks, device_figures, watts
 from splitwise_llm.engine.worker import Worker
 from splitwise_llm.errors import LinkDied, PeerMismatch, ProtocolError, RequestError
@@ -58,7 +58,8 @@ def test_units_add_up_to_a_step(tmp_path: Path) -> None:
     said = spec.num_layers * halves_s + units.head_s(1, False) + units.stage_s(1, False)
     assert step_s / 3 < said < 6 * step_s  # loosely: a neighbour may have the processor
     assert {half.units for half in units.halves if half.part is Part.FFN} == {8, 4, 1}
-    assert {half.rows for half in units.halves} == {1, 16, 32}
+    assert {half.rows for half in units.halves} == {1, *FEW_ROWS, 16, 32}
+    assert [point.batch for point in units.batches] == list(BATCHES)
     assert len(units.message) > 1
     (tmp_path / "units.json").write_text(units.to_json())
     assert Measured.from_file(tmp_path / "units.json", spec) == units

@@ -5,11 +5,13 @@ What is predicted is made of units measured just before and after, never of a ru
 
 from __future__ import annotations
 
+import asyncio
 import math
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -17,34 +19,37 @@ from typing import TypeVar
 
 import torch
 
+from splitwise_llm.bench.fidelity_cases import (
+    DRAFTING,
+    LINKS,
+    NAMES,
+    OVERLAP,
+    SESSIONS,
+    SLOWER,
+    Case,
+    Run,
+    Told,
+    cases,
+    decisions,
+    rounds,
+)
 from splitwise_llm.bench.figures import Figures
 from splitwise_llm.bench.neighbours import Neighbours
 from splitwise_llm.bench.overhead import NO_WORDS, Tell
 from splitwise_llm.bench.processes import shaped_link, worker
 from splitwise_llm.bench.random_models import OVERHEAD_LLAMA, make_model
-from splitwise_llm.cost import Host, Job, World, price
+from splitwise_llm.cost import Drafter, Host, Job, World, price
+from splitwise_llm.cost.crowd import crowded
 from splitwise_llm.cost.measured import Measured
-from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.engine.edge import Edge, LinkTo
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.profiling import Grid, Profiler
+from splitwise_llm.errors import BrokenInvariant
 from splitwise_llm.model.checkpoint import Checkpoint, locate
-from splitwise_llm.partition import Partition
 from splitwise_llm.records import RequestRecord
 from splitwise_llm.spec import DeviceSpec, LinkSpec, ModelSpec
 
 T = TypeVar("T")
-LINKS: Mapping[str, str] = {
-    "5ms_100mbit": "rtt=5ms up=100mbit down=100mbit",
-    "20ms_20mbit": "rtt=20ms up=20mbit down=20mbit",
-    "40ms_10mbit_up_40_down": "rtt=40ms up=10mbit down=40mbit",
-    "80ms_5mbit": "rtt=80ms up=5mbit down=5mbit",
-}
-SLOWER = 3.0
-EMULATED: Sequence[tuple[float, float]] = ((1.0, 1.0), (1.0, SLOWER), (SLOWER, 1.0))
-"""By how much device and worker are slowed down; the other one is the faster machine of the two."""
-NAMES = ("edge", "cloud")
-PROMPTS = (96, 64, 120)
 DISTURBED = 0.15
 """A measurement is made again when other programs took more of the processors than this while it ran."""
 ATTEMPTS, PATIENCE = 3, 60
@@ -54,89 +59,49 @@ THIS = DeviceSpec("this machine", 1e11, 1e10, 4e9)
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """One decision on one link between machines slowed down by some factors, and what became of it."""
-
-    name: str
-    decision: Decision
-    job: Job
-    link: str
-    slower: tuple[float, float]
-    runs: list[RequestRecord] = field(default_factory=list)
-
-    @property
-    def measured(self) -> tuple[float, float]:
-        """Median TTFT and TPOT, s."""
-        return median(r.ttft_s for r in self.runs), median(r.tpot_s for r in self.runs)
-
-
-@dataclass(frozen=True, slots=True)
 class Outcome:
     """Relative errors of one case: predicted over measured, less one."""
 
     case: Case
-    ttft: float
+    ttft: float | None
+    """None of sessions that begin at once: how prompts take turns is not priced."""
     tpot: float
     bytes: float
     crossings: float
 
 
-def decisions(spec: ModelSpec) -> dict[str, Decision]:
-    """What is run: every kind of partition, one of them chunked, one of them with int8 on the wire."""
-    layers = spec.num_layers
-    quarter, half = layers // 4, layers // 2
-
-    def of(text: str, wire: WirePrecision = WirePrecision.FP32, chunk: int | None = None) -> Decision:
-        return Decision(Partition.parse(text, spec, NAMES), wire, chunk)
-
-    def cut(end: float, more: str = "") -> str:
-        return f"edge[0:{end:g}] cloud[{end:g}:{layers}]{more}"
-
-    def u(first: int, last: int) -> str:
-        return f"edge[0:{first}] cloud[{first}:{layers - last}] edge[{layers - last}:{layers}]"
-
-    return {
-        "edge": of("all:edge"),
-        "cut_middle": of(cut(half)),
-        "u_deep": of(u(quarter, quarter)),
-        "shared_one": of(f"edge[0:{half}] edge+cloud[{half}] edge[{half + 1}:{layers}]"),
-        "cloud": of("all:cloud"),
-        "cut_early": of(cut(quarter)),
-        "u_thin": of(u(1, 1)),
-        "chunked": of(cut(half), chunk=32),
-        "cut_late": of(cut(layers - quarter)),
-        "half_layer": of(cut(half - 0.5)),
-        "head_on_device": of(cut(half + 1, " head=edge")),
-        "shared_two": of(f"edge[0:{quarter}] edge+cloud[{quarter}:{quarter + 2}] cloud[{quarter + 2}:{layers}]"),
-        "u_chunked_int8": of(u(quarter, 1), WirePrecision.INT8, 32),
-    }
-
-
-def cases(spec: ModelSpec, tokens: int, names: Sequence[str], links: Sequence[str]) -> Iterator[Case]:
-    """Each decision on each link, the emulated machines in turn."""
-    known = decisions(spec)
-    for row, name in enumerate(names):
-        for column, link in enumerate(links):
-            job = Job(PROMPTS[row % len(PROMPTS)], tokens)
-            yield Case(name, known[name], job, link, EMULATED[(row + column) % len(EMULATED)])
+def world_of(spec: ModelSpec, case: Case, units: Measured) -> World:
+    """The machines of a case and their link, as they are priced."""
+    hosts = tuple(Host(THIS, units.dtype, units.weights, units, slower) for slower in case.slower)
+    return World(spec, hosts, {(0, 1): LinkSpec.parse(LINKS[case.link])}, drafter=Drafter(case.acceptance))
 
 
 def predict(spec: ModelSpec, case: Case, units: Measured) -> Outcome:
     """The errors of the prices made of these units."""
-    hosts = tuple(Host(THIS, units.dtype, units.weights, units, slower) for slower in case.slower)
-    world = World(spec, hosts, {(0, 1): LinkSpec.parse(LINKS[case.link])})
-    said = price(world, case.decision, case.job)
+    world, job = world_of(spec, case, units), case.job
+    said = price(world, case.decision, job, crowded(world, case.decision, job, case.sessions))
     ttft_s, tpot_s = case.measured
-    record = case.runs[0]
-    planned = world.plan(case.decision).traffic(case.job.prompt_tokens, case.job.tokens_out)
+    plan, draft = world.plan(case.decision), case.decision.draft
+    known = rounds(job.tokens_out, draft, case.acceptance) if draft else None
+    planned = plan.traffic(job.prompt_tokens, job.tokens_out, rounds=known)
+    # What a drafting run carries hangs on its rounds; a price knows how many there are on average.
+    up, down = (sum(c.payload_bytes for c in planned if getattr(c, end) == 0) for end in ("src", "dst"))
+    trips = plan.round_trips_per_token * len(known) / (job.tokens_out - 1) if known else said.round_trips_per_token
+    if not draft:
+        up, down = round(said.up_bytes), round(said.down_bytes)
+    records = case.runs[0].records
     return Outcome(
         case,
-        said.ttft_s / ttft_s - 1,
+        said.ttft_s / ttft_s - 1 if case.sessions == 1 else None,
         said.tpot_s / tpot_s - 1,
-        max(_error(said.up_bytes, record.up_bytes), _error(said.down_bytes, record.down_bytes)),
+        max(_error(a, b) for r in records for a, b in ((up, r.up_bytes), (down, r.down_bytes))),
         max(
-            _error(said.round_trips_per_token, record.round_trips_per_token),
-            _error(sum(c.count for c in planned), sum(c.count for c in record.crossings)),
+            _error(a, b)
+            for r in records
+            for a, b in (
+                (trips, r.round_trips_per_token),
+                (sum(c.count for c in planned), sum(c.count for c in r.crossings)),
+            )
         ),
     )
 
@@ -155,6 +120,8 @@ class Stand:
         self.pids: list[int] = []
         """Of everything started here."""
         self.disturbed = 0
+        self._texts: dict[Job, tuple[int, ...]] = {}
+        """What follows the prompt of a job."""
         workers = {
             factor: stack.enter_context(worker(str(model), *(["--emulate", f"{factor:g}"] if factor != 1 else [])))
             for factor in slower
@@ -183,20 +150,60 @@ class Stand:
                 break
         return min(results, key=lambda one: one[0])[1]
 
-    async def run(self, case: Case) -> RequestRecord:
+    async def run(self, case: Case) -> Run:
         """One run of a case, for real."""
-        prompt = [(7 * n) % self.machine.spec.vocab_size for n in range(case.job.prompt_tokens)]
         edge = self._edges[case.link, case.slower[1]]
+        drafter = await self._drafter(case)
         self.machine.emulate = case.slower[0] if case.slower[0] != 1 else None
         try:
-            async with edge.generate(
-                prompt, case.decision, max_new_tokens=case.job.tokens_out, stop_ids=()
+            sessions = [self._session(edge, case, number, drafter) for number in range(case.sessions)]
+            found = await asyncio.gather(*sessions)
+        finally:
+            self.machine.emulate = None
+        records = tuple(record for record, _ in found)
+        tpot_s = records[0].tpot_s if case.sessions == 1 else seconds_per_token([came_s for _, came_s in found])
+        return Run(records, median(record.ttft_s for record in records), tpot_s)
+
+    def _prompt(self, case: Case, number: int = 0) -> list[int]:
+        return [(7 * n + 5 * number) % self.machine.spec.vocab_size for n in range(case.job.prompt_tokens)]
+
+    async def _session(
+        self, edge: Edge, case: Case, number: int, drafter: Told | None
+    ) -> tuple[RequestRecord, list[float]]:
+        """One of those that run at once, and when its tokens came."""
+        came_s: list[float] = []
+        async with edge.generate(
+            self._prompt(case, number), case.decision, max_new_tokens=case.job.tokens_out, stop_ids=(), drafter=drafter
+        ) as generation:
+            async for _ in generation:
+                came_s.append(time.monotonic())
+        return generation.record, came_s
+
+    async def _drafter(self, case: Case) -> Told | None:
+        """Who is to draft, told what follows the prompt without drafts."""
+        if not case.decision.draft:
+            return None
+        job, vocabulary = case.job, self.machine.spec.vocab_size
+        if job not in self._texts:
+            async with self.loopback.generate(
+                self._prompt(case), "all:edge", max_new_tokens=job.tokens_out, stop_ids=()
             ) as generation:
                 async for _ in generation:
                     pass
-        finally:
-            self.machine.emulate = None
-        return generation.record
+            self._texts[job] = generation.record.token_ids
+        return Told(job.prompt_tokens, self._texts[job], case.acceptance, vocabulary)
+
+
+def seconds_per_token(came_s: Sequence[Sequence[float]]) -> float:
+    """Of sessions side by side, while all of them decode: after the last first token, until the first is done.
+
+    Raises BrokenInvariant unless that is a third of their tokens or more.
+    """
+    start_s, stop_s = max(one[0] for one in came_s), min(one[-1] for one in came_s)
+    count = sum(start_s < at_s <= stop_s for one in came_s for at_s in one)
+    if 3 * count < sum(len(one) for one in came_s):
+        raise BrokenInvariant("the sessions did not decode at the same time; ask for more tokens")
+    return len(came_s) * (stop_s - start_s) / count
 
 
 def _option(pair: str) -> tuple[str, str]:
@@ -239,20 +246,23 @@ async def _units(profiler: Profiler, loopback: Edge) -> Measured:
 
 def _line(one: Outcome) -> str:
     case, (ttft_s, tpot_s) = one.case, one.case.measured
+    ttft = "  (not priced)" if one.ttft is None else f"{1e3 * ttft_s:7.1f} ms {100 * one.ttft:+5.1f} %"
     return (
-        f"{case.name:15} {case.link:23} edge x{case.slower[0]:g} cloud x{case.slower[1]:g}  TTFT {1e3 * ttft_s:7.1f} "
-        f"ms {100 * one.ttft:+5.1f} %  TPOT {1e3 * tpot_s:7.2f} ms {100 * one.tpot:+5.1f} %"
+        f"{case.name:20} {case.link:23} edge x{case.slower[0]:g} cloud x{case.slower[1]:g}  TTFT {ttft}  "
+        f"TPOT {1e3 * tpot_s:7.2f} ms {100 * one.tpot:+5.1f} %"
     )
 
 
-QUICK = ("edge", "cut_middle", "u_deep", "shared_one", "chunked")
+QUICK = (
+    "edge", "cut_middle", "u_deep", "shared_one", "chunked", "draft_u", "overlap_u", "sessions_cloud", "sessions_u",
+)  # fmt: skip
 
 
 async def run_fidelity(
     repeats: int, tokens: int, quick: bool, tell: Tell, models: Mapping[str, Callable[[Path], Path]] | None = None
 ) -> Figures:
-    """Errors of TTFT and TPOT (`_median_abs_error`, `_p90_abs_error`), of bytes and crossings (`_max_abs_error`), and
-    signed ones for each link."""
+    """Errors of TTFT and TPOT (`_median_abs_error`, `_p90_abs_error`), of bytes and crossings (`_max_abs_error`): of
+    all cases, and of those with drafting, overlap and sessions side by side; and signed ones for each link."""
     result = Figures("fidelity", {"repeats": repeats, "tokens": tokens, "quick": quick, "threads_per_process": 1})
     torch.set_num_threads(1)
     outcomes: list[Outcome] = []
@@ -267,7 +277,8 @@ async def run_fidelity(
             blocks = [everything[start : start + size] for start in range(0, len(everything), size)]
             mine = await measure(stand, blocks, repeats, Grid.up_to(128), tell)
         for name in ("ttft", "tpot"):
-            result.add(f"{model}_{name}_median_abs_error", median(abs(getattr(one, name)) for one in mine))
+            known = [abs(error) for one in mine if (error := getattr(one, name)) is not None]
+            result.add(f"{model}_{name}_median_abs_error", median(known))
         result.add(f"{model}_disturbed", stand.disturbed, f"made again up to {PATIENCE} times")
         outcomes += mine
     summarise(result, outcomes)
@@ -284,16 +295,28 @@ MODELS: Mapping[str, Callable[[Path], Path]] = {"bundled": lambda _: locate("bun
 
 
 def summarise(result: Figures, outcomes: Sequence[Outcome]) -> None:
-    """Add the figures of some outcomes."""
-    for name in ("ttft", "tpot"):
-        errors = sorted(abs(getattr(one, name)) for one in outcomes)
-        result.add(f"{name}_median_abs_error", median(errors), f"of {len(errors)} cases; at most 0.10")
-        worst = max(outcomes, key=lambda one: abs(getattr(one, name)))
-        where = f"worst {getattr(worst, name):+.2f}: {worst.case.name}, {worst.case.link}"
-        result.add(f"{name}_p90_abs_error", errors[math.ceil(0.9 * len(errors)) - 1], f"at most 0.25; {where}")
-    result.add("bytes_max_abs_error", max(one.bytes for one in outcomes), "must be 0")
-    result.add("crossings_max_abs_error", max(one.crossings for one in outcomes), "must be 0")
+    """Add the figures of some outcomes: of all, of each kind, and signed ones of each link."""
+    _errors(result, outcomes)
+    for kind in (DRAFTING, OVERLAP, SESSIONS):
+        if mine := [one for one in outcomes if one.case.kind == kind]:
+            _errors(result, mine, f"_{kind}")
     for link in dict.fromkeys(one.case.link for one in outcomes):
         for name in ("ttft", "tpot"):
-            signed = [getattr(one, name) for one in outcomes if one.case.link == link]
-            result.add(f"signed_error_{link}_{name}", median(signed), "predicted over measured, less 1: median")
+            if signed := [
+                error for one in outcomes if one.case.link == link and (error := getattr(one, name)) is not None
+            ]:
+                result.add(f"signed_error_{link}_{name}", median(signed), "predicted over measured, less 1: median")
+
+
+def _errors(result: Figures, outcomes: Sequence[Outcome], suffix: str = "") -> None:
+    for name in ("ttft", "tpot"):
+        known = [one for one in outcomes if getattr(one, name) is not None]
+        if not known:
+            continue
+        errors = sorted(abs(getattr(one, name)) for one in known)
+        result.add(f"{name}_median_abs_error{suffix}", median(errors), f"of {len(errors)} cases; at most 0.10")
+        worst = max(known, key=lambda one: abs(getattr(one, name)))
+        where = f"worst {getattr(worst, name):+.2f}: {worst.case.name}, {worst.case.link}"
+        result.add(f"{name}_p90_abs_error{suffix}", errors[math.ceil(0.9 * len(errors)) - 1], f"at most 0.25; {where}")
+    result.add(f"bytes_max_abs_error{suffix}", max(one.bytes for one in outcomes), "must be 0")
+    result.add(f"crossings_max_abs_error{suffix}", max(one.crossings for one in outcomes), "must be 0")

@@ -20,15 +20,16 @@ class UnitTimes(Protocol):
     """Measured seconds of the pieces of one model on one machine, in one precision. `rested`: the machine waited
     for others since its last step, and its caches hold other things."""
 
-    def half_s(self, part: Part, units: int, rows: int, context: int, rested: bool) -> float:
-        """`units` units of one half layer over `rows` positions that see up to `context`."""
+    def half_s(self, part: Part, units: int, rows: int, context: int, rested: bool, batch: int = 1) -> float:
+        """`units` units of one half layer over `rows` positions that see up to `context`, of each of `batch`
+        sequences at once."""
         ...
 
     def head_s(self, rows: int, rested: bool) -> float:
         """Final norm, output projection and sampling of `rows` positions."""
         ...
 
-    def stage_s(self, rows: int, rested: bool) -> float:
+    def stage_s(self, rows: int, rested: bool, batch: int = 1) -> float:
         """What a stage computes besides its halves: positions, codec, and the first touch of everything."""
         ...
 
@@ -64,7 +65,7 @@ class Host:
         """Seconds of `units` units of one half layer over `rows` new positions, for each of `batch` sequences at
         `context`: weights are read once, keys and values once per sequence."""
         if self.measured is not None:
-            return self.stretch * self.measured.half_s(part, units, rows, context, rested)
+            return self.stretch * self.measured.half_s(part, units, rows, context, rested, batch)
         flop = batch * units * counts.unit_flop(spec, part, rows, context)
         kv = counts.unit_memory_bytes(spec, part, context, self.dtype, self.weights)
         weight = counts.unit_weight_bytes(spec, part, self.dtype, self.weights)
@@ -76,7 +77,7 @@ class Host:
         """`half_s` for sequences that differ: (new positions, context) of each."""
         if self.measured is not None or len(batch) == 1:
             rows, context = sum(rows for rows, _ in batch), max(context for _, context in batch)
-            return self.half_s(spec, part, units, rows, context, rested=rested)
+            return self.half_s(spec, part, units, -(-rows // len(batch)), context, len(batch), rested)
         flop = sum(counts.unit_flop(spec, part, rows, context) for rows, context in batch)
         weight = counts.unit_weight_bytes(spec, part, self.dtype, self.weights)
         cached = sum(
@@ -87,27 +88,29 @@ class Host:
     def head_s(self, spec: ModelSpec, rows: int = 1, batch: int = 1, rested: bool = False) -> float:
         """Seconds of the output projection of `rows` positions of each of `batch` sequences."""
         if self.measured is not None:
-            return self.stretch * self.measured.head_s(rows, rested)
+            return self.stretch * self.measured.head_s(batch * rows, rested)
         table = counts.table_bytes(spec, self.dtype, self.weights)
         return self.stretch * self.device.seconds(batch * counts.head_flop(spec, rows), table)
 
-    def stage_s(self, rows: int, rested: bool = False) -> float:
-        """Seconds of entering and leaving a stage; part of the launches of a roofline. Prefill and emulated machines
-        compute on a thread of their own, and handing over to it is never stretched."""
+    def stage_s(self, rows: int, rested: bool = False, *, is_prefill: bool = False, batch: int = 1) -> float:
+        """Seconds of entering and leaving a stage; part of the launches of a roofline. Prefill, batches and emulated
+        machines compute on a thread of their own, and handing over to it is never stretched; a decode step of one
+        sequence does not, drafted tokens or none."""
         if self.measured is None:
             return 0.0
-        threaded = rows > 1 or self.stretch != 1
-        return self.stretch * self.measured.stage_s(rows, rested) + self.measured.call_s(threaded)
+        threaded = is_prefill or batch > 1 or self.stretch != 1
+        return self.stretch * self.measured.stage_s(rows, rested, batch) + self.measured.call_s(threaded)
 
     def message_s(self, num_bytes: float) -> float:
         """Seconds of software at this end of a message."""
         return self.device.message_s if self.measured is None else self.measured.message_s(num_bytes)
 
-    def model_s(self, spec: ModelSpec, rows: int, context: int, batch: int = 1) -> float:
+    def model_s(self, spec: ModelSpec, rows: int, context: int, batch: int = 1, rested: bool = False) -> float:
         """Seconds of one step of the whole model: what a serving machine advertises as its step time."""
-        attention = self.half_s(spec, Part.ATTENTION, spec.num_kv_heads, rows, context, batch)
-        ffn = self.half_s(spec, Part.FFN, spec.num_ffn_shards, rows, context, batch)
-        return spec.num_layers * (attention + ffn) + self.head_s(spec, 1, batch) + self.stage_s(rows)
+        attention = self.half_s(spec, Part.ATTENTION, spec.num_kv_heads, rows, context, batch, rested)
+        ffn = self.half_s(spec, Part.FFN, spec.num_ffn_shards, rows, context, batch, rested)
+        stage = self.stage_s(rows, rested, is_prefill=rows > 1, batch=batch)
+        return spec.num_layers * (attention + ffn) + self.head_s(spec, 1, batch, rested) + stage
 
     def sending_s(self, num_bytes: float) -> float:
         """Seconds that sending a message keeps a loop that does not wait for its arrival: our engine's computes and
@@ -131,12 +134,13 @@ def batch_seconds(spec: ModelSpec, host: Host, batch: Sequence[Rows], rested: bo
     """What a batch of sequences takes `host`, half by half: weights are read once for all that pass there, keys and
     values once per sequence. Of one sequence, and of equal ones: what `stage_seconds` and `model_s` say.
 
-    Measured times know no batch: the rows count as one sequence's, at the longest context.
+    Of measured times, sequences that differ count as equal ones: of as many rows in all, at the longest context.
     """
     if not batch:
         return 0.0
     rested = rested or host.stretch != 1
-    total = host.stage_s(sum(rows.count for rows in batch), rested)
+    rows = -(-sum(one.count for one in batch) // len(batch))
+    total = host.stage_s(rows, rested, is_prefill=len(batch) == 1 and rows > 1, batch=len(batch))
     edges = sorted({edge for rows in batch for edge in (rows.start, rows.stop)})
     for first, last in pairwise(edges):
         here = [(rows.count, rows.context) for rows in batch if rows.start <= first and last <= rows.stop]
@@ -158,12 +162,14 @@ def stage_seconds(spec: ModelSpec, host: Host, stage: Stage, machine: int, step:
         units = sum(len(share.units) for share in stage.shares if share.machine == machine)
         if not units:
             return 0.0
-        return host.half_s(spec, stage.part, units, rows, context, rested=rested) + host.stage_s(rows, rested)
+        return host.half_s(spec, stage.part, units, rows, context, rested=rested) + host.stage_s(
+            rows, rested, is_prefill=step.is_prefill
+        )
     halves = {
         Part.ATTENTION: (stage.stop + 1) // 2 - (stage.start + 1) // 2,
         Part.FFN: stage.stop // 2 - stage.start // 2,
     }
-    total = host.stage_s(rows, rested)
+    total = host.stage_s(rows, rested, is_prefill=step.is_prefill)
     for part, number in halves.items():
         if number:
             total += number * host.half_s(spec, part, counts.units_in(spec, part), rows, context, rested=rested)

@@ -41,6 +41,16 @@ class RowsPoint(NamedTuple):
     seconds: float
 
 
+class BatchPoint(NamedTuple):
+    """One position of each of `batch` sequences, computed together after a rest: one whole half layer of each kind,
+    and what the stage does besides."""
+
+    batch: int
+    attention_s: float
+    ffn_s: float
+    stage_s: float
+
+
 class SizePoint(NamedTuple):
     """One end's software time of a message with a payload of so many bytes."""
 
@@ -59,7 +69,9 @@ class Measured:
     Between points it goes straight, first in context, then in rows, then in units; seconds never fall where one
     of them rises (noise that says otherwise is levelled by a running maximum). Below the first point it is
     flat, above the last it rises as between the last two. A machine has *rested* when it waited for others since
-    its last step: other things are in its caches then. Points of more than one row are all taken rested.
+    its last step: other things are in its caches then. Points of more than one row hold in both states where they
+    were measured in one. A batch takes what its first sequence takes alone, and what `batches` say that the others
+    add; where no batch was measured, their rows count as one sequence's.
 
     Raises SpecError for points that cannot be, or too few.
     """
@@ -77,12 +89,18 @@ class Measured:
     thread_s: float
     """The same where it runs on the compute thread."""
     source: str
+    batches: tuple[BatchPoint, ...] = ()
+    """Ascending, from one sequence on."""
 
     def __post_init__(self) -> None:
         seconds = [point[-1] for table in (self.halves, self.head, self.stage, self.message) for point in table]
+        seconds += [value for point in self.batches for value in point[1:]]
         for value in (*seconds, self.here_s, self.thread_s):
             if not (math.isfinite(value) and value >= 0):
                 raise SpecError(f"a measured time is {value} s; expected 0 or more")
+        batches = [point.batch for point in self.batches]
+        if batches and (batches[0] != 1 or batches != sorted(set(batches))):
+            raise SpecError(f"batches of {batches} sequences were measured; expected 1 and then more each time")
         for half in self.halves:
             most = units_in(self.model, half.part)
             if not (1 <= half.units <= most and 1 <= half.rows <= half.context):
@@ -98,18 +116,33 @@ class Measured:
 
     # What a host asks
 
-    def half_s(self, part: Part, units: int, rows: int, context: int, rested: bool) -> float:
-        key = (part, units, rows, context, rested or rows > 1)
+    def half_s(self, part: Part, units: int, rows: int, context: int, rested: bool, batch: int = 1) -> float:
+        if batch > 1 and not self.batches:
+            rows, batch = batch * rows, 1
+        key = (part, units, rows, context, rested)
         found = self._known.get(key)
         if found is None:
             found = self._known[key] = self._half_s(*key)
+        if batch > 1:
+            found += (
+                rows * units / units_in(self.model, part) * self._added_s(1 if part is Part.ATTENTION else 2, batch)
+            )
         return found
 
     def head_s(self, rows: int, rested: bool) -> float:
-        return _on(_rows_line(self.head, rested or rows > 1), rows)
+        return _on(_rows_line(self.head, rested), rows)
 
-    def stage_s(self, rows: int, rested: bool) -> float:
-        return _on(_rows_line(self.stage, rested or rows > 1), rows)
+    def stage_s(self, rows: int, rested: bool, batch: int = 1) -> float:
+        if batch > 1 and not self.batches:
+            rows, batch = batch * rows, 1
+        return _on(_rows_line(self.stage, rested), rows) + self._added_s(3, batch)
+
+    def _added_s(self, column: int, batch: int) -> float:
+        """What the other sequences of a batch add to the first one's time."""
+        if batch == 1:
+            return 0.0
+        line = _line({point.batch: point[column] for point in self.batches})
+        return _on(line, batch) - line[1][0]
 
     def call_s(self, threaded: bool) -> float:
         return self.thread_s if threaded else self.here_s
@@ -131,13 +164,15 @@ class Measured:
 
     @cached_property
     def _levels(self) -> dict[tuple[Part, bool], dict[int, dict[int, Line]]]:
-        """By part and rest, then units, then rows: a line over contexts. Many rows count as rested and flowing."""
+        """By part and rest, then units, then rows: a line over contexts."""
         points: dict[tuple[Part, bool], dict[int, dict[int, dict[int, float]]]] = {
             (part, rested): defaultdict(lambda: defaultdict(dict)) for part in Part for rested in (False, True)
         }
         for half in self.halves:
-            for rested in (half.rested,) if half.rows == 1 else (False, True):
-                points[half.part, rested][half.units][half.rows][half.context] = half.seconds
+            points[half.part, half.rested][half.units][half.rows][half.context] = half.seconds
+        for half in self.halves:
+            if half.rows > 1:
+                points[half.part, not half.rested][half.units][half.rows].setdefault(half.context, half.seconds)
         return {
             key: {units: {rows: _line(by) for rows, by in by_rows.items()} for units, by_rows in by_units.items()}
             for key, by_units in points.items()
@@ -165,6 +200,7 @@ class Measured:
             first.here_s + share * (second.here_s - first.here_s),
             first.thread_s + share * (second.thread_s - first.thread_s),
             first.source,
+            tuple(_between(a, b, share) for a, b in zip(first.batches, second.batches, strict=True)),
         )  # fmt: skip
 
     def to_json(self) -> str:
@@ -213,6 +249,7 @@ class Measured:
             float(data["here_s"]),
             float(data["thread_s"]),
             str(data["source"]),
+            tuple(BatchPoint(int(n), *(float(s) for s in rest)) for n, *rest in data.get("batches", ())),
         )
 
     def check(self, model: ModelSpec, where: str | Path = "the table") -> None:
@@ -226,13 +263,18 @@ class Measured:
                 )
 
 
-_TABLES = ("halves", "head", "stage", "message")
+_TABLES = ("halves", "head", "stage", "message", "batches")
+
+
+def _between(first: BatchPoint, second: BatchPoint, share: float) -> BatchPoint:
+    return BatchPoint(first.batch, *(a + share * (b - a) for a, b in zip(first[1:], second[1:], strict=True)))
 
 
 def _rows_line(points: Sequence[RowsPoint], rested: bool) -> Line:
     """The line of one state; of the other where that was never measured."""
-    mine = [point for point in points if point.rested == rested or point.rows > 1] or points
-    return _line({point.rows: point.seconds for point in mine})
+    both = {point.rows: point.seconds for point in points if point.rows > 1}
+    mine = {point.rows: point.seconds for point in points if point.rested == rested}
+    return _line(both | mine or {point.rows: point.seconds for point in points})
 
 
 def _line(points: Mapping[int, float]) -> Line:

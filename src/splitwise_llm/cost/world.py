@@ -12,7 +12,7 @@ from splitwise_llm.cost.hosts import Host
 from splitwise_llm.cost.terms import Basis, Form, Load, Pair
 from splitwise_llm.decision import Decision
 from splitwise_llm.errors import RequestError, SpecError
-from splitwise_llm.plan import DEVICE, Plan
+from splitwise_llm.plan import DEVICE, TOKEN_ID_BYTES, Plan
 from splitwise_llm.spec import LinkSpec, ModelSpec, Weights
 
 
@@ -108,10 +108,12 @@ class World:
         """The links as they are given, under some loads."""
         return self.basis.conditions(self.links, loads)
 
-    def load(self, machine: int, batch: int, wait_s: float = 0.0, context: int = 256) -> Load:
+    def load(self, machine: int, batch: int, wait_s: float = 0.0, context: int = 256, rested: bool = False) -> Load:
         """What `batch` sequences of `context` positions make of a machine: whoever arrives waits for half of a
-        running iteration, unless nobody else is there."""
+        running iteration, unless nobody else is there. Our own engine sends for the others before it goes on.
+        `rested`: it waits for other machines between its steps, as an emulated one always does."""
         host = self.hosts[machine]
-        step_s = host.model_s(self.spec, 1, context, batch)
-        slow = step_s / host.model_s(self.spec, 1, context)
+        rested = rested or host.stretch != 1
+        step_s = host.model_s(self.spec, 1, context, batch, rested) + (batch - 1) * host.sending_s(TOKEN_ID_BYTES)
+        slow = step_s / host.model_s(self.spec, 1, context, rested=rested)
         return Load(slow, batch, step_s / 2 if batch > 1 else 0.0, wait_s)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Self
 
 from splitwise_llm.cost import UNLIMITED, Host, Limits
-from splitwise_llm.decision import Decision
+from splitwise_llm.decision import MAX_DRAFT, Decision
 from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.boundaries import Boundaries
 from splitwise_llm.engine.direct import DirectLinks
-from splitwise_llm.engine.drafting import Compute, Draft, Drafting, Lookup, Pace
+from splitwise_llm.engine.drafting import Compute, Draft, Drafter, Drafting, Lookup, Pace
 from splitwise_llm.engine.generation import Device, Generation
 from splitwise_llm.engine.hosted import KEPT_BYTES
 from splitwise_llm.engine.journal import Entry, Journal, check, read_journal
@@ -130,6 +130,7 @@ class Edge:
         journal: Path | None = None,
         options: Mapping[str, object] | None = None,
         draft: Draft | None = None,
+        drafter: Drafter | None = None,
         priority: int = 0,
     ) -> Generation:
         """One generation, to be entered as a context and iterated. `policy` may be a partition or its text;
@@ -138,7 +139,8 @@ class Edge:
         `called` is the policy's name in the record; `limits` what it must respect, `tools` what it may use (None:
         what loses nothing). `rules` say how long a lost worker is waited for and tried again; `journal` is a file that
         another process can go on from, with `options` for it. `draft` says who proposes tokens for several positions to
-        be computed at a time; None: lookup in the text where a policy decides how much of it, else nobody.
+        be computed at a time; None: lookup in the text where a policy decides how much of it, else nobody. A `drafter`
+        of one's own proposes instead, as many as the decision says each time, on the thread that asks.
         `priority` (0 to 3) is how often prompts get a turn where many sessions share a worker.
 
         Raises UserError now; entering it raises what opening the session meets.
@@ -164,7 +166,10 @@ class Edge:
             options=dict(options or {}) | ({PRIORITY: priority} if priority else {}),
         )
         decides = self._policy(policy, draft)
-        drafting = self._drafting(decides, draft, request)
+        if drafter is not None:
+            drafting: Drafting | None = Drafting(drafter, spec.vocab_size, Pace(least=MAX_DRAFT))
+        else:
+            drafting = self._drafting(decides, draft, request)
         kept = Boundaries(spec.d_model, KEPT_BYTES)
         memory = Journal.create(journal, entry, kept) if journal else Journal(entry, kept)
         return Generation(

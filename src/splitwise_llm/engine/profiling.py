@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from splitwise_llm.cost.counts import assigned_weight_bytes
-from splitwise_llm.cost.measured import HalfPoint, Measured, RowsPoint, SizePoint
+from splitwise_llm.cost.measured import BatchPoint, HalfPoint, Measured, RowsPoint, SizePoint
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.walk import GREEDY
 from splitwise_llm.errors import RequestError
 from splitwise_llm.model.sampling import sample
-from splitwise_llm.model.share import Share
+from splitwise_llm.model.share import Positions, Share, together
 from splitwise_llm.partition import Part, Partition, Placement
 from splitwise_llm.records import RequestRecord
 from splitwise_llm.spec import ModelSpec
@@ -38,6 +38,11 @@ REST_S = 0.01
 WARM_UP_STEPS, FLOWING_STEPS, RESTED_STEPS = 2, 10, 6
 MESSAGE_ROWS = (1, 16, 64, 128)
 MESSAGE_TOKENS = 8
+FEW_ROWS = (2, 4, 8)
+"""Of a step that verifies drafted tokens: products of few rows take other ways than those of one row or of many."""
+BATCHES = (1, 2, 4, 8)
+"""Sequences computed together."""
+SEVERAL_STEPS = 4
 Units = tuple[int, int]
 """Key/value groups and FFN shards."""
 
@@ -79,6 +84,8 @@ class _Timed:
     """One step, piece by piece (s)."""
 
     halves: tuple[float, ...]
+    heads: int
+    """Rows that passed the head."""
     head_s: float
     total_s: float
 
@@ -97,12 +104,14 @@ class Profiler:
     _halves: dict[tuple[Part, int, int, int, bool], list[float]] = field(default_factory=lambda: defaultdict(list))
     _head: dict[tuple[int, bool], list[float]] = field(default_factory=lambda: defaultdict(list))
     _stage: dict[tuple[int, bool], list[float]] = field(default_factory=lambda: defaultdict(list))
+    _batches: dict[int, list[tuple[float, float, float]]] = field(default_factory=lambda: defaultdict(list))
+    """By sequences, attention half, FFN half, the rest of the stage."""
     _calls: dict[bool, list[float]] = field(default_factory=lambda: defaultdict(list))
     _messages: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         longest = max(positions for positions, _ in (*self.grid.whole, *self.grid.partial))
-        longest += WARM_UP_STEPS + FLOWING_STEPS + RESTED_STEPS
+        longest += WARM_UP_STEPS + FLOWING_STEPS + RESTED_STEPS + max(FEW_ROWS)
         if longest > self.machine.spec.max_context:
             raise RequestError(
                 f"profiling would take {longest} positions, the model has {self.machine.spec.max_context}; ask for "
@@ -112,7 +121,7 @@ class Profiler:
     @classmethod
     async def fitting(cls, machine: Machine, budget_s: float) -> Self:
         """One whose rounds of the longest possible prompts, up to 256 positions, take a fourth of a budget."""
-        room = machine.spec.max_context - WARM_UP_STEPS - FLOWING_STEPS - RESTED_STEPS
+        room = machine.spec.max_context - WARM_UP_STEPS - FLOWING_STEPS - RESTED_STEPS - max(FEW_ROWS)
         probe = cls(machine, Grid.up_to(max(min(32, room), 1)))
         async with probe:
             await probe.round()
@@ -145,7 +154,7 @@ class Profiler:
 
     def forget(self) -> None:
         """Start anew, because a machine's speed drifts; what messages take stays."""
-        for table in (self._halves, self._head, self._stage, self._calls):
+        for table in (self._halves, self._head, self._stage, self._batches, self._calls):
             table.clear()
 
     # Computing
@@ -158,13 +167,14 @@ class Profiler:
         for units in some:
             for positions, chunk in self.grid.partial:
                 await self._pass(units, positions, chunk, False)
+        await self._together(all_units, self.grid.whole[-1][0])
         for _ in range(RESTED_STEPS):
             await self._thread_call()
 
     async def _pass(self, units: Units, positions: int, chunk: int, whole: bool) -> None:
         """A prompt, then decode steps: one straight after the other, and each after a rest."""
         key, steps = object(), WARM_UP_STEPS + FLOWING_STEPS + RESTED_STEPS
-        share = await self._open(key, units, positions + steps)
+        share = await self._open(key, units, positions + steps + max(FEW_ROWS))
         try:
             await asyncio.sleep(REST_S)
             for start in range(0, positions, chunk):
@@ -178,15 +188,49 @@ class Profiler:
                 timed = await self._step(share, positions + number, 1, whole)
                 if number >= WARM_UP_STEPS:
                     self._note(timed, units, 1, positions + steps // 2, rested, whole)
+            if chunk == positions:
+                await self._verifying(share, positions + steps, units, whole)
         finally:
             self.machine.release(key)
 
-    async def _step(self, share: Share, start: int, count: int, whole: bool) -> _Timed:
+    async def _verifying(self, share: Share, start: int, units: Units, whole: bool) -> None:
+        """Steps of few rows, as they verify drafted tokens: every row passes the head."""
+        for rows in FEW_ROWS:
+            for number in range(1 + 2 * SEVERAL_STEPS):
+                rested = number > SEVERAL_STEPS
+                if rested:
+                    await asyncio.sleep(REST_S)
+                share.cut(start)
+                timed = await self._step(share, start, rows, whole, heads=rows)
+                if number:
+                    self._note(timed, units, rows, start + rows, rested, whole)
+
+    async def _together(self, units: Units, positions: int) -> None:
+        """Decode steps of several sequences at once, each after a rest."""
+        keys = [object() for _ in range(max(BATCHES))]
+        try:
+            shares = [await self._open(key, units, positions + 1) for key in keys]
+            for share in shares:
+                await self._step(share, 0, positions, False)
+            for batch in BATCHES:
+                for number in range(1 + SEVERAL_STEPS):
+                    await asyncio.sleep(REST_S)
+                    for share in shares:
+                        share.cut(positions)
+                    mine = shares[:batch]
+                    done = await self.machine.compute(lambda: _timed_batch(mine, self.machine.spec, positions))  # noqa: B023
+                    if number:
+                        self._batches[batch].append(done.value)
+        finally:
+            for key in keys:
+                self.machine.release(key)
+
+    async def _step(self, share: Share, start: int, count: int, whole: bool, heads: int = 1) -> _Timed:
         spec = self.machine.spec
         payload = bytes(WirePrecision.FP32.payload_bytes(count, spec.d_model))
         asked_s = time.monotonic()
         done = await self.machine.compute(
-            lambda: _timed_step(share, spec, payload, start, count, whole), here=count == 1
+            lambda: _timed_step(share, spec, payload, start, count, heads if whole else 0), here=count == 1
         )
         if count == 1:
             self._calls[False].append(time.monotonic() - asked_s - (done.stop_s - done.start_s))
@@ -205,8 +249,8 @@ class Profiler:
             self._halves[part, units[half % 2], rows, context, rested].append(seconds)
         if whole:
             self._stage[rows, rested].append(timed.total_s - timed.head_s - sum(timed.halves))
-            if rows == 1:
-                self._head[1, rested].append(timed.head_s)
+            if timed.heads == rows:
+                self._head[rows, rested].append(timed.head_s)
 
     async def busy(self, is_prefill: bool, seconds: float) -> None:
         """Prefill, or decode, for about so long, for a meter to watch."""
@@ -260,11 +304,16 @@ class Profiler:
         head = [RowsPoint(*key, _mean(values)) for key, values in sorted(self._head.items())]
         stage = [RowsPoint(*key, max(_mean(values), 0.0)) for key, values in sorted(self._stage.items())]
         message = [SizePoint(size, _mean(values)) for size, values in sorted(self._messages.items())]
+        batches = [
+            BatchPoint(batch, *(_mean(column) for column in zip(*values, strict=True)))
+            for batch, values in sorted(self._batches.items())
+        ]
         here_s, thread_s = (_mean(self._calls[threaded] or [0.0]) for threaded in (False, True))
         return Measured(
             machine.spec, machine.dtype, machine.weights, machine.threads,
             tuple(halves), tuple(head), tuple(stage), tuple(message or [SizePoint(0, 0.0)]),
             here_s, max(thread_s, here_s), f"measured on {date.today().isoformat()}, torch {torch.__version__}",
+            tuple(batches),
         )  # fmt: skip
 
 
@@ -275,8 +324,8 @@ def _mean(values: Sequence[float]) -> float:
     return fmean(min(value, limit) for value in values)
 
 
-def _timed_step(share: Share, spec: ModelSpec, payload: bytes, start: int, count: int, whole: bool) -> _Timed:
-    """A step of all layers on a stream that came over a wire and goes back over one."""
+def _timed_step(share: Share, spec: ModelSpec, payload: bytes, start: int, count: int, heads: int) -> _Timed:
+    """A step of all layers on a stream that came over a wire and goes back over one; so many rows pass the head."""
     clock = time.perf_counter
     times = [began_s := clock()]
     x = codec.decode(payload, WirePrecision.FP32, count, spec.d_model).to(dtype=share.dtype, device=share.device)
@@ -285,12 +334,36 @@ def _timed_step(share: Share, spec: ModelSpec, payload: bytes, start: int, count
     for half in range(2 * spec.num_layers):
         x = share.join(x, [share.partial(x, half, at)], half)
         times.append(clock())
-    if whole:
-        sample(share.logits(x), GREEDY, start + count)
+    if heads:
+        for number, logits in enumerate(share.all_logits(x[-heads:])):
+            sample(logits, GREEDY, start + count - heads + 1 + number)
     headed_s = clock()
     codec.encode(x, WirePrecision.FP32)
     halves = tuple(after - before for before, after in pairwise(times))
-    return _Timed(halves, headed_s - times[-1], clock() - began_s)
+    return _Timed(halves, heads, headed_s - times[-1], clock() - began_s)
+
+
+def _timed_batch(shares: Sequence[Share], spec: ModelSpec, start: int) -> tuple[float, float, float]:
+    """One position of each of some sequences, through all layers together: an attention half, an FFN half, and what
+    the stage does besides (s)."""
+    clock, payload = time.perf_counter, bytes(WirePrecision.FP32.payload_bytes(1, spec.d_model))
+    began_s = clock()
+    streams: list[Tensor] = []
+    ats: list[Positions] = []
+    for share in shares:
+        stream = codec.decode(payload, WirePrecision.FP32, 1, spec.d_model)
+        streams.append(stream.to(dtype=share.dtype, device=share.device))
+        ats.append(share.positions(start, 1))
+    x = torch.cat(streams)
+    spent = [0.0, 0.0]
+    for half in range(2 * spec.num_layers):
+        before_s = clock()
+        x = together(shares, ats, x, half, half + 1)
+        spent[half % 2] += clock() - before_s
+    for row in torch.split(x, 1):
+        codec.encode(row, WirePrecision.FP32)
+    attention_s, ffn_s = (seconds / spec.num_layers for seconds in spent)
+    return attention_s, ffn_s, clock() - began_s - sum(spent)
 
 
 def _gaps(record: RequestRecord) -> list[tuple[int, float]]:

@@ -160,7 +160,7 @@ class Search:
                     elif m not in end.held:
                         arrival = self._arrival[number, end.held[0], m]
                     seconds = self._seconds(m, part, end.counts[m], step) + self.world.hosts[m].stage_s(
-                        step.count, rested=True
+                        step.count, rested=True, is_prefill=step.is_prefill
                     )
                     visit = 0.0 if m == end.after else self._visit(m)
                     computed[m] = arrival + visit + self._work(v, m, number, seconds)
@@ -208,7 +208,8 @@ class Search:
             for number, step in enumerate(self.steps):
                 if step.is_prefill or not loops:
                     v[number] += self._visit(embed)
-                v[number] += self._work(v, embed, number, self.world.hosts[embed].stage_s(step.count, rested=True))
+                stage_s = self.world.hosts[embed].stage_s(step.count, rested=True, is_prefill=step.is_prefill)
+                v[number] += self._work(v, embed, number, stage_s)
             previous = _End(tuple(int(m == embed) for m in range(len(self.world.hosts))))
         else:
             previous = end
@@ -220,7 +221,7 @@ class Search:
             for number, step in enumerate(self.steps):
                 seconds = self._seconds(machine, part, counts[machine], step)
                 if fresh:
-                    seconds += self.world.hosts[machine].stage_s(step.count, rested=True)
+                    seconds += self.world.hosts[machine].stage_s(step.count, rested=True, is_prefill=step.is_prefill)
                     v[number] += self._visit(machine)
                 v[number] += self._work(v, machine, number, seconds)
         for machine in following:
@@ -244,7 +245,7 @@ class Search:
             if step.emits:
                 seconds = self.world.hosts[head].head_s(self.world.spec, rows, rested=True)
                 if not serial_here:
-                    seconds += self.world.hosts[head].stage_s(step.count, rested=True)
+                    seconds += self.world.hosts[head].stage_s(step.count, rested=True, is_prefill=step.is_prefill)
                     v[number] += self._visit(head)
                 v[number] += self._work(v, head, number, seconds)
             ids = 4.0 * rows

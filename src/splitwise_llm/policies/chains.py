@@ -209,7 +209,9 @@ class _Filling:
         """Of one stage in each step: entering it, and waiting for the running iteration. Without `loop`, of a second
         stage on the device, which then is where a token's loop begins: the wait there is not paid twice."""
         host = self.world.hosts[machine]
-        total = self._slow(machine) * sum(times * host.stage_s(rows) for times, rows, _ in self.steps)
+        total = self._slow(machine) * sum(
+            times * host.stage_s(rows, is_prefill=rows > 1) for times, rows, _ in self.steps
+        )
         if not self.occupancy:
             total += float(self.x[self.world.basis.join(machine)]) * (self.job.tokens_out if loop else 1)
         return total
