@@ -26,7 +26,7 @@ from splitwise_llm.engine.telemetry import Advert, LinkView, Pings, ProbeBudget,
 from splitwise_llm.observation import Observation
 from splitwise_llm.wire.sequence import Sequenced
 
-TOKENS = 192
+TOKENS = 320
 BAR = 0.02
 Tell = Callable[[str], None]
 

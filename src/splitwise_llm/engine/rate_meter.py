@@ -66,8 +66,9 @@ REFRESH_S, CALM_S = 0.05, 0.5
 """A fit is not made again sooner; nor sooner than the second while frames arrive as it foretells."""
 
 EARLY_S, LATE_S, NEWS_S = 1e-3, 3e-3, 0.3
-"""A frame is news that is earlier, or later, than foretold by more; it takes more frames to tell what it is of, so it
-stays news for so long."""
+"""A frame is news that is earlier, or later, than foretold by more, and later than one in ten of those fitted; it takes
+more frames to tell what it is of, so it stays news for so long."""
+USUAL = 0.9
 
 HISTORY_EVERY_S, PESSIMIST_Q = 0.1, 0.1
 COARSE = np.geomspace(1e3, 2.5e9, 67)
@@ -114,6 +115,8 @@ class _Fit:
     newest_s: float
     num_bytes: float
     """That it is made of."""
+    usual_s: float
+    """So much later than at `best`, at most, nine in ten of its frames were."""
 
     @property
     def tells_rate(self) -> bool:
@@ -190,7 +193,7 @@ class RateMeter:
         if self._fit is not None and self._frames:
             begins_s = max(sent_s + self._fit.delay_s[0], self._frames[-1][1])
             late_s = arrived_s - begins_s - num_bytes / self._fit.best
-        if -EARLY_S <= late_s <= LATE_S and self._fit is not None:
+        if self._fit is not None and -EARLY_S <= late_s <= max(LATE_S, self._fit.usual_s):
             self._fit = replace(self._fit, newest_s=arrived_s)
         else:
             self._news_s = arrived_s
@@ -299,7 +302,9 @@ def _fit(frames: _Frames, delay_before_s: float) -> _Fit | None:
     used = best if high <= NARROW * low else int(np.flatnonzero(allowed & (rates == high))[0])
     delay_s = _newest_delay(float(rates[used]), float(delays[used]), frames)
     num_bytes = float(frames.sizes.sum())
-    return _Fit(float(rates[best]), low, high, delay_s, float(frames.arrived[-1]), num_bytes)
+    late = int(USUAL * (errors.shape[1] - 1))
+    usual_s = float(np.partition(errors[best], late)[late]) / ON_TIME
+    return _Fit(float(rates[best]), low, high, delay_s, float(frames.arrived[-1]), num_bytes, usual_s)
 
 
 def _unlikely(errors: Floats, delays: Floats, delay_before_s: float) -> Floats:

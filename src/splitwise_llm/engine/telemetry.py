@@ -38,6 +38,9 @@ CALM_EVERY_S, STIRRED_S, STIR_FACTOR = 0.4, 2.0, 1.5
 """Pings while nothing changes; how long after a change they are frequent; by how much round trips, queues included,
 have to change for that."""
 
+STIR_FLOOR_S = 5e-3
+"""Round trips below this all count as this: between them lies what a busy machine adds and takes away."""
+
 DOUBT_S, DOUBT_TRIPS = 0.25, 3
 """One round trip that has changed makes pings frequent for so long; a change is what most of so many have. A single
 late one is mostly a reader who was away."""
@@ -260,7 +263,7 @@ class LinkView:
         self.down, self.rtt = RateMeter(), RttFilter()
         self._prior, self._source = prior, source
         self._trips: deque[float] = deque(maxlen=DOUBT_TRIPS)
-        self._usual = ClassWatch((RTT_FLOOR_S,), STIR_FACTOR)
+        self._usual = ClassWatch((STIR_FLOOR_S,), STIR_FACTOR)
         self._stirred_until_s = -math.inf
         self._up: Rate | None = None
         self._up_at_s = 0.0
