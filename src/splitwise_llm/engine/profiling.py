@@ -22,6 +22,7 @@ from torch import Tensor
 from splitwise_llm.cost.counts import assigned_weight_bytes
 from splitwise_llm.cost.measured import BatchPoint, HalfPoint, Measured, RowsPoint, SizePoint
 from splitwise_llm.decision import Decision, WirePrecision
+from splitwise_llm.engine.batching import Job, Piece, walk
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.walk import GREEDY
@@ -188,6 +189,8 @@ class Profiler:
                 timed = await self._step(share, positions + number, 1, whole)
                 if number >= WARM_UP_STEPS:
                     self._note(timed, units, 1, positions + steps // 2, rested, whole)
+                    if whole:
+                        await self._walked(share, positions + number, 1, rested)
             if chunk == positions:
                 await self._verifying(share, positions + steps, units, whole)
         finally:
@@ -204,6 +207,16 @@ class Profiler:
                 timed = await self._step(share, start, rows, whole, heads=rows)
                 if number:
                     self._note(timed, units, rows, start + rows, rested, whole)
+                    if whole:
+                        await self._walked(share, start, rows, rested)
+
+    async def _walked(self, share: Share, start: int, count: int, rested: bool) -> None:
+        """The step just taken once more, as the engine hands it to a machine: what it does around halves and head."""
+        if rested:
+            await asyncio.sleep(REST_S)
+        share.cut(start)
+        done = await self.machine.compute(lambda: _around(share, self.machine.spec, start, count), here=True)
+        self._stage[count, rested].append(done.value)
 
     async def _together(self, units: Units, positions: int) -> None:
         """Decode steps of several sequences at once, each after a rest."""
@@ -248,8 +261,9 @@ class Profiler:
             part = Part.FFN if half % 2 else Part.ATTENTION
             self._halves[part, units[half % 2], rows, context, rested].append(seconds)
         if whole:
-            self._stage[rows, rested].append(timed.total_s - timed.head_s - sum(timed.halves))
-            if timed.heads == rows:
+            if timed.heads != rows:
+                self._stage[rows, rested].append(timed.total_s - timed.head_s - sum(timed.halves))
+            else:
                 self._head[rows, rested].append(timed.head_s)
 
     async def busy(self, is_prefill: bool, seconds: float) -> None:
@@ -341,6 +355,35 @@ def _timed_step(share: Share, spec: ModelSpec, payload: bytes, start: int, count
     codec.encode(x, WirePrecision.FP32)
     halves = tuple(after - before for before, after in pairwise(times))
     return _Timed(halves, heads, headed_s - times[-1], clock() - began_s)
+
+
+def _around(share: Share, spec: ModelSpec, start: int, count: int) -> float:
+    """What a decode step of all layers takes before its first half and behind its head (s)."""
+    clock, payload = time.perf_counter, bytes(WirePrecision.FP32.payload_bytes(count, spec.d_model))
+    times: list[float] = []
+
+    def stream() -> tuple[Tensor, Positions]:
+        x = codec.decode(payload, WirePrecision.FP32, count, spec.d_model)
+        return x.to(dtype=share.dtype, device=share.device), share.positions(start, count)
+
+    def finish(x: Tensor, logits: Tensor | None) -> None:
+        times.append(clock())
+        codec.encode(x, WirePrecision.FP32)
+
+    job = Job(
+        Piece(
+            share, 0, 2 * spec.num_layers, count, start + count, stream, finish,
+            head_rows=count, taps=(0,), tap=lambda half, x: times.append(clock()),
+        ),
+        half=0,
+    )  # fmt: skip
+    began_s = clock()
+    walk([job])
+    ended_s = clock()
+    if job.error is not None:
+        raise job.error
+    first_s, last_s = times
+    return first_s - began_s + ended_s - last_s
 
 
 def _timed_batch(shares: Sequence[Share], spec: ModelSpec, start: int) -> tuple[float, float, float]:
