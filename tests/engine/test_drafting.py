@@ -264,7 +264,7 @@ CELLS = 3
 """Tokens that may be drawn at each position."""
 
 
-@pytest.mark.parametrize("text", ["ngram", "early:3"])
+@pytest.mark.parametrize("text", ["ngram", pytest.param("early:3", marks=pytest.mark.long)])
 def test_what_is_drawn_with_drafts_is_distributed_as_the_model_says(text: str, tiny: Callable[[str], Path]) -> None:
     """Chi-squared over the three tokens behind a prompt; with these seeds, as with almost all, below what one in a
     thousand would exceed."""
