@@ -499,7 +499,7 @@ class Compute:
             if job.result.running():
                 job.result.set_exception(CancelledError())
             return
-        start_s = paced_s = time.monotonic()
+        start_s = time.monotonic()
         job.start_s = job.start_s or start_s
         allowance = turn_rows(self._clock.step_s, self._clock.row_s) * self._num_halves
         job.attempt(job.begin)
@@ -507,9 +507,9 @@ class Compute:
             _tap(job, job.half)
             job.attempt(lambda: _alone(job, job.half, job.half + 1))
             if job.half < piece.stop:
-                paced_s = self._pace(paced_s, [piece.part(job.half - 1, job.half)])
                 had = (job.half - first) * piece.rows
                 if had >= allowance and self._others_wait():
+                    self._pace(start_s, [piece.part(first, job.half)])
                     job.busy_s += time.monotonic() - start_s
                     with self._more:
                         self._turns.add(job, had / self._num_halves)
@@ -519,7 +519,8 @@ class Compute:
             job.result.set_exception(CancelledError())
             return
         _finish([job])
-        self._pace(paced_s, [piece.part(max(piece.stop - 1, first), piece.stop)])
+        # Once a turn: a machine that slept between two halves would begin each of them with cold caches.
+        self._pace(start_s, [piece.part(first, piece.stop)])
         stop_s = time.monotonic()
         self._clock.ran(piece.rows, job.busy_s + stop_s - start_s)
         self._deliver([job], stop_s)
