@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -270,6 +271,14 @@ CELLS: Sequence[tuple[str, Fault, int]] = [
 ]
 """Where, what, and after how many tokens of the first of two sequences: every fault of the link between two workers and
 of each worker, at changing moments."""
+QUICK = (0, 2, 6, 9)
+"""Of the cells, those that are not left to the long tests: a reset, a silence, a worker killed, a worker restarted."""
+
+
+def _marked(cell: tuple[str, Fault, int]) -> Any:
+    return pytest.param(*cell, marks=() if CELLS.index(cell) in QUICK else pytest.mark.long)
+
+
 SCRIPTS = {
     Fault.RESET: ("reset",),
     Fault.CONNECT_REFUSED: ("connect-refused for=600s", "reset"),
@@ -286,7 +295,7 @@ def hosts() -> Iterator[dict[str, Host]]:
         yield {name: stack.enter_context(Host("bundled", "--emulate", "3")) for name in ("cloud", "third")}
 
 
-@pytest.mark.parametrize(("where", "fault", "after"), CELLS)
+@pytest.mark.parametrize(("where", "fault", "after"), [_marked(cell) for cell in CELLS])
 def test_two_sequences_in_a_pipeline_of_three_machines_survive(
     where: str, fault: Fault, after: int, hosts: dict[str, Host], texts: list[tuple[int, ...]]
 ) -> None:
