@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from splitwise_llm.cost import Job, Limits, World, moving_from, obstacle, price
 from splitwise_llm.decision import Decision
+from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.drafting import Drafting
 from splitwise_llm.engine.greeting import ECHOES, Greeted
 from splitwise_llm.engine.machine import Machine
@@ -45,8 +46,6 @@ UNKNOWN_STEP_S = 0.25
 """Of machines that nobody has measured: what a step is taken to last until tokens say it."""
 UNKNOWN_RATE = 2.5e5
 """Bytes/s of a link of which nobody said what it carries: a slow one is not taken for a dead one."""
-SILENCE_STEPS = 4.0
-"""So many times its step a link may be silent (`RecoveryRules.steps`)."""
 RECENT = 0.2
 """Weight of the latest time between tokens in the average of what was seen."""
 
@@ -264,7 +263,9 @@ class Controller:
         """Until a run's first token."""
         seen = self._seen
         if seen is None or seen.world is None:
-            return max(UNKNOWN_STEP_S, self._token_s or 0.0) + self._carrying_s(decision, extent) / SILENCE_STEPS
+            return (
+                max(UNKNOWN_STEP_S, self._token_s or 0.0)
+            )
         job = Job(extent.known, max(extent.tokens, 1))
         expected = price(seen.world, decision, job, seen.world.conditions(seen.loads))
         share = (extent.known - extent.start) / extent.known

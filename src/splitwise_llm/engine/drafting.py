@@ -32,6 +32,7 @@ SLOWER_SHARE = 0.15
 """Of a step, what each drafted token adds to it until that was measured."""
 
 PRICED_STEP = 0.05
+"""Of an acceptance, as policies see it: each new figure prices every plan anew."""
 
 RECENT = 0.2
 """Share of a step's surprise that is believed."""
