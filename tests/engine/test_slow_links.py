@@ -14,8 +14,7 @@ from splitwise_llm.model.checkpoint import locate
 CROSSES, STAYS = "edge[0:2] cloud[2:6] edge[6:8]", "all:edge"
 
 
-# Dies when engine/controller.py says `return max(UNKNOWN_STEP_S, self._token_s or 0.0)` for
-# `return max(UNKNOWN_STEP_S, self._token_s or 0.0) + self._carrying_s(decision, extent) / RecoveryRules().steps`.
+# Dies when engine/controller.py says `self._token_s or 0.0)` for `self._token_s or 0.0) + crossing_s`.
 def test_a_prompt_may_keep_a_link_silent_for_as_long_as_it_takes_to_cross() -> None:
     async def play() -> None:
         async with in_process(locate("bundled"), ("cloud",)) as edge, edge.generate("One", CROSSES) as generation:

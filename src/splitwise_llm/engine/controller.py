@@ -263,9 +263,8 @@ class Controller:
         """Until a run's first token."""
         seen = self._seen
         if seen is None or seen.world is None:
-            return (
-                max(UNKNOWN_STEP_S, self._token_s or 0.0)
-            )
+            crossing_s = self._carrying_s(decision, extent) / RecoveryRules().steps
+            return max(UNKNOWN_STEP_S, self._token_s or 0.0) + crossing_s
         job = Job(extent.known, max(extent.tokens, 1))
         expected = price(seen.world, decision, job, seen.world.conditions(seen.loads))
         share = (extent.known - extent.start) / extent.known
