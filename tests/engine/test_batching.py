@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -297,7 +298,7 @@ def test_an_emulated_machine_takes_the_time_of_the_batch(tiny: Callable[[str], P
     asyncio.run(play())
 
 
-# Dies when engine/batching.py says `if False:` for `if had >= allowance and self._others_wait():`.
+# Dies when engine/batching.py says `least_s = owed_s` for `least_s = owed_s * min(allowance / rows, 1.0)`.
 def test_tokens_flow_between_the_turns_of_a_long_prompt_whose_bits_stay(tiny: Callable[[str], Path]) -> None:
     device = DeviceSpec("slow", flop_per_s=1e9, memory_bytes_per_s=1e8, memory_bytes=1e9)
 
@@ -316,6 +317,28 @@ def test_tokens_flow_between_the_turns_of_a_long_prompt_whose_bits_stay(tiny: Ca
             assert torch.equal((await prompt).value, alone)
 
     asyncio.run(play())
+
+
+# Dies when engine/batching.py says `>= allowance and False:` for `>= allowance and self._others_wait():`.
+def test_who_comes_while_a_prompt_is_computed_waits_for_a_turn_not_for_all(
+    tiny: Callable[[str], Path],
+) -> None:
+    ends: list[str] = []
+
+    async def play() -> None:
+        with Machine(Checkpoint(tiny("llama"))) as machine:
+            long, short = await opened(machine, 2)
+            x = torch.randn(250, machine.spec.d_model)
+
+            def come(half: int, _: Tensor) -> None:
+                job = machine._compute.submit(step(short, x[:1], 0))
+                job.result.add_done_callback(lambda _: ends.append(f"who came before half {half}"))
+
+            prompt = step(long, x, 0, is_prefill=True, taps=(1,), tap=come)
+            await machine.run(replace(prompt, finish=lambda x, _: ends.append("prompt")))
+
+    asyncio.run(play())
+    assert ends == ["who came before half 1", "prompt"]
 
 
 def test_who_vanishes_leaves_the_batch_as_it_is(tiny: Callable[[str], Path]) -> None:

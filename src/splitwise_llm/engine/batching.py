@@ -100,6 +100,10 @@ class Job:
     error: Exception | None = None
     value: Any = None
     has_begun: bool = False
+    owed_s: float = 0.0
+    """What the machine played here would still compute of what was computed here."""
+    owed_rows: float = 0.0
+    """The same in rows times halves."""
     x: Tensor = field(init=False)
     at: Positions = field(init=False)
 
@@ -288,9 +292,9 @@ def turn_rows(step_s: float | None, row_s: float | None) -> int:
     return int(min(max(step_s / row_s, LEAST_TURN_ROWS), MOST_TURN_ROWS))
 
 
-Pace = Callable[[float, Sequence[Rows]], float]
-"""From when work began (monotonic clock) and what it was: an emulated machine sleeps until its time is up. When that
-was due, or it was done."""
+Due = Callable[[float, Sequence[Rows]], float]
+"""From when work began (monotonic clock) and what it was to when this machine is through with it: now, except where it
+plays a slower one."""
 
 
 class Compute:
@@ -299,8 +303,8 @@ class Compute:
     Other work (`call`) is done between two iterations, in order.
     """
 
-    def __init__(self, threads: int, num_halves: int, clock: StepClock, pace: Pace) -> None:
-        self._clock, self._num_halves, self._pace = clock, num_halves, pace
+    def __init__(self, threads: int, num_halves: int, clock: StepClock, due: Due) -> None:
+        self._clock, self._num_halves, self._due = clock, num_halves, due
         self._more = threading.Condition()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._decode: list[Job] = []
@@ -310,6 +314,8 @@ class Compute:
         self._is_closed = False
         self.batches: Counter[int] = Counter()
         """Iterations by how many sessions were in them."""
+        self.busy_s = 0.0
+        """Computing, or playing a machine that does."""
         self._thread = threading.Thread(target=self._live, args=(threads,), name="compute_0", daemon=True)
         self._thread.start()
 
@@ -368,6 +374,7 @@ class Compute:
         with torch.inference_mode():
             walk([job])
         stop_s = time.monotonic()
+        self.busy_s += stop_s - start_s
         self._clock.ran(1, stop_s - start_s)
         with self._more:
             self._company.went(piece.share, stop_s)
@@ -472,8 +479,10 @@ class Compute:
     def _run(self, batch: list[Job]) -> None:
         start_s = time.monotonic()
         walk(batch)
-        self._pace(start_s, [job.piece.part(job.piece.start, job.piece.stop) for job in batch])
+        due_s = self._due(start_s, [job.piece.part(job.piece.start, job.piece.stop) for job in batch])
+        time.sleep(max(due_s - time.monotonic(), 0.0))
         stop_s = time.monotonic()
+        self.busy_s += stop_s - start_s
         self._clock.ran(1, stop_s - start_s)
         self.batches[len(batch)] += 1
         with self._more:
@@ -502,28 +511,48 @@ class Compute:
         start_s = time.monotonic()
         job.start_s = job.start_s or start_s
         allowance = turn_rows(self._clock.step_s, self._clock.row_s) * self._num_halves
-        job.attempt(job.begin)
-        while job.error is None and job.half < piece.stop and not job.gone.is_set():
-            _tap(job, job.half)
-            job.attempt(lambda: _alone(job, job.half, job.half + 1))
-            if job.half < piece.stop:
-                had = (job.half - first) * piece.rows
-                if had >= allowance and self._others_wait():
-                    self._pace(start_s, [piece.part(first, job.half)])
-                    job.busy_s += time.monotonic() - start_s
-                    with self._more:
-                        self._turns.add(job, had / self._num_halves)
-                    return
+        if first < piece.stop:
+            job.attempt(job.begin)
+            while job.error is None and job.half < piece.stop and not job.gone.is_set():
+                _tap(job, job.half)
+                job.attempt(lambda: _alone(job, job.half, job.half + 1))
+                if job.half < piece.stop and (job.half - first) * piece.rows >= allowance and self._others_wait():
+                    break
+            job.owed_rows += (job.half - first) * piece.rows
+            if job.half == piece.stop and not job.gone.is_set():
+                _finish([job])
+            job.owed_s += self._due(start_s, [piece.part(first, job.half)]) - start_s
+        had = self._pay(job, start_s, allowance)
+        stop_s = time.monotonic()
+        self.busy_s += stop_s - start_s
+        job.busy_s += stop_s - start_s
         if job.gone.is_set():
             self._left_off(1)
             job.result.set_exception(CancelledError())
-            return
-        _finish([job])
-        # Once a turn: a machine that slept between two halves would begin each of them with cold caches.
-        self._pace(start_s, [piece.part(first, piece.stop)])
-        stop_s = time.monotonic()
-        self._clock.ran(piece.rows, job.busy_s + stop_s - start_s)
-        self._deliver([job], stop_s)
+        elif job.error is None and (job.half < piece.stop or job.owed_s > 0.0):
+            with self._more:
+                self._turns.add(job, had / self._num_halves)
+        else:
+            self._clock.ran(piece.rows, job.busy_s)
+            self._deliver([job], stop_s)
+
+    def _pay(self, job: Job, start_s: float, allowance: float) -> float:
+        """Sleep on until the time of a turn that began at `start_s` is up, or, after its allowance, somebody else
+        waits; rows (times halves) that this turn has paid for.
+
+        A machine that plays a slower one is through with a whole prompt before that one would have seen who else
+        comes; and one that slept between two halves would begin each of them with cold caches.
+        """
+        rows, owed_s = job.owed_rows, job.owed_s
+        if not rows or owed_s <= 0.0:
+            return rows
+        least_s = owed_s * min(allowance / rows, 1.0)
+        with self._more:
+            self._more.wait_for(lambda: self._is_closed, start_s + least_s - time.monotonic())
+            self._more.wait_for(self._others_wait, start_s + owed_s - time.monotonic())
+        job.owed_s = max(start_s + owed_s - time.monotonic(), 0.0)
+        job.owed_rows = rows * job.owed_s / owed_s
+        return rows - job.owed_rows
 
     def _others_wait(self) -> bool:
         with self._more:

@@ -93,7 +93,7 @@ class Machine:
         self.clock = StepClock()
         """How long steps take here; told by those who know what a step is."""
         torch.set_num_threads(threads)
-        self._compute = Compute(threads, 2 * self.spec.num_layers, self.clock, self._pace)
+        self._compute = Compute(threads, 2 * self.spec.num_layers, self.clock, self._due)
 
     def __enter__(self) -> Machine:
         return self
@@ -131,8 +131,9 @@ class Machine:
             return meter.joules(), meter.name
         if self.figures is None or not (self.figures.decode_w or self.figures.idle_w):
             return None, ""
-        idle_s = time.monotonic() - self._since_s - self._busy_s
-        return self.figures.decode_w * self._busy_s + self.figures.idle_w * max(idle_s, 0.0), "modelled"
+        busy_s = self._busy_s + self._compute.busy_s
+        idle_s = time.monotonic() - self._since_s - busy_s
+        return self.figures.decode_w * busy_s + self.figures.idle_w * max(idle_s, 0.0), "modelled"
 
     @property
     def figures(self) -> DeviceSpec | None:
@@ -268,7 +269,6 @@ class Machine:
         when the caches are full of weights. Who is cancelled while it waits leaves the batch as it is.
         """
         if here and not piece.is_prefill and self.emulate is None and (done := self._compute.alone(piece)) is not None:
-            self._busy_s += done.stop_s - done.start_s
             return done
         job = self._compute.submit(piece)
         try:
@@ -291,29 +291,25 @@ class Machine:
         with torch.inference_mode():
             result = work()
         if predicted is not None:
-            self._sleep(start_s, predicted)
+            time.sleep(max(self._through(start_s, predicted) - time.monotonic(), 0.0))
         stop_s = time.monotonic()
         self._busy_s += stop_s - start_s
         return Computed(result, start_s, stop_s)
 
-    def _pace(self, start_s: float, batch: Sequence[Rows]) -> float:
-        """After a batch, or a part of a prompt's turn: weights are paid once, keys and values by each session. When
-        it was due."""
+    def _due(self, start_s: float, batch: Sequence[Rows]) -> float:
+        """When it is through with a batch, or a part of a prompt's turn: weights are paid once, keys and values by
+        each session."""
+        return self._through(
+            start_s, lambda device: cost.batch_seconds(self.spec, Host(device, self.dtype, self.weights), batch)
+        )
 
-        def predicted(device: DeviceSpec) -> float:
-            return cost.batch_seconds(self.spec, Host(device, self.dtype, self.weights), batch)
-
-        stop_s = self._sleep(start_s, predicted)
-        self._busy_s += stop_s - start_s
-        return stop_s
-
-    def _sleep(self, start_s: float, predicted: Callable[[DeviceSpec], float]) -> float:
-        """Until what is emulated would have done what began then; when that was."""
+    def _through(self, start_s: float, predicted: Callable[[DeviceSpec], float]) -> float:
+        """When what is emulated has done what began then (monotonic clock): not before now."""
+        now_s = time.monotonic()
         if self.emulate is None:
-            return time.monotonic()
-        took = time.monotonic() - start_s
+            return now_s
+        took = now_s - start_s
         due = predicted(self.emulate) if isinstance(self.emulate, DeviceSpec) else took * self.stretch
         if due > 0:
             self._short.append(took / due)
-        time.sleep(max(0.0, due - took))
         return start_s + max(took, due)
