@@ -298,7 +298,7 @@ def test_an_emulated_machine_takes_the_time_of_the_batch(tiny: Callable[[str], P
     asyncio.run(play())
 
 
-# Dies when engine/batching.py says `least_s = owed_s` for `least_s = owed_s * min(allowance / rows, 1.0)`.
+# Dies when engine/batching.py says `least_s = owed_s if` for `least_s = owed_s * min(allowance / rows, 1.0) if`.
 def test_tokens_flow_between_the_turns_of_a_long_prompt_whose_bits_stay(tiny: Callable[[str], Path]) -> None:
     device = DeviceSpec("slow", flop_per_s=1e9, memory_bytes_per_s=1e8, memory_bytes=1e9)
 

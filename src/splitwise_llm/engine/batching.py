@@ -100,6 +100,7 @@ class Job:
     error: Exception | None = None
     value: Any = None
     has_begun: bool = False
+    is_computed: bool = False
     owed_s: float = 0.0
     """What the machine played here would still compute of what was computed here."""
     owed_rows: float = 0.0
@@ -511,7 +512,7 @@ class Compute:
         start_s = time.monotonic()
         job.start_s = job.start_s or start_s
         allowance = turn_rows(self._clock.step_s, self._clock.row_s) * self._num_halves
-        if first < piece.stop:
+        if not job.is_computed:
             job.attempt(job.begin)
             while job.error is None and job.half < piece.stop and not job.gone.is_set():
                 _tap(job, job.half)
@@ -521,6 +522,7 @@ class Compute:
             job.owed_rows += (job.half - first) * piece.rows
             if job.half == piece.stop and not job.gone.is_set():
                 _finish([job])
+                job.is_computed = True
             job.owed_s += self._due(start_s, [piece.part(first, job.half)]) - start_s
         had = self._pay(job, start_s, allowance)
         stop_s = time.monotonic()
@@ -529,7 +531,7 @@ class Compute:
         if job.gone.is_set():
             self._left_off(1)
             job.result.set_exception(CancelledError())
-        elif job.error is None and (job.half < piece.stop or job.owed_s > 0.0):
+        elif job.error is None and (not job.is_computed or job.owed_s > 0.0):
             with self._more:
                 self._turns.add(job, had / self._num_halves)
         else:
@@ -544,9 +546,9 @@ class Compute:
         comes; and one that slept between two halves would begin each of them with cold caches.
         """
         rows, owed_s = job.owed_rows, job.owed_s
-        if not rows or owed_s <= 0.0:
+        if owed_s <= 0.0:
             return rows
-        least_s = owed_s * min(allowance / rows, 1.0)
+        least_s = owed_s * min(allowance / rows, 1.0) if rows else owed_s  # without halves it is short
         with self._more:
             self._more.wait_for(lambda: self._is_closed, start_s + least_s - time.monotonic())
             self._more.wait_for(self._others_wait, start_s + owed_s - time.monotonic())
