@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from itertools import product
 from typing import Protocol
@@ -141,6 +141,8 @@ class Observation:
     """Share of the device's battery that is left; None: it has none, or none that can be read."""
     joules: float = 0.0
     """That the device has spent on this request so far."""
+    past: Past | None = None
+    """Of one system; None: nobody remembers."""
 
     def unpriced(self, who: str) -> str:
         """Why who plans by prices cannot answer where `world` is None: what is not known, and the remedy."""
@@ -159,6 +161,49 @@ class Observation:
         if self.placement is None:
             return self.job.tokens_out - 1
         return max(self.job.tokens_out - max(self.placement.tokens_out, 1), 1)
+
+
+EPOCHS = 8
+"""Of decision epochs that are remembered."""
+SEEN = ("age_s", "up", "rtt_s", "up_bytes_per_s", "down_bytes_per_s", "slow", "wait_s", "backlog_s")
+"""What is remembered of each: how long ago it was, whether the link was up, and what link and cloud were said to be."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Past:
+    """What devices remember, as they saw it. Arrays lead with the system."""
+
+    is_down: NDArray[np.bool_]
+    """(systems,): whether the link is seen to be down now."""
+    since_s: Floats
+    """(systems,): for how long it has been up, or down."""
+    age_s: Floats
+    """(systems,): of what is known of link and cloud, the older of the two; 0: live."""
+    slots: Floats
+    """(systems,): requests that the device works at at a time."""
+    others: Floats
+    """(systems, 2): other requests in its slots, and at its door."""
+    epochs: Floats
+    """(systems, EPOCHS, SEEN): the latest first; rows of zeros where there were not so many."""
+    outages: Floats
+    """(systems, 3): number, sum of seconds, sum of their squares, of those that are over."""
+    gaps: Floats
+    """(systems, 3): the same of the times between them."""
+    answers: Floats
+    """(systems, 3): number, sum of tokens, sum of their squares, of answers that are finished."""
+
+    @classmethod
+    def nothing(cls, systems: int) -> Past:
+        """Of devices that have just begun."""
+        zero = np.zeros((systems, 3))
+        return cls(
+            np.zeros(systems, np.bool_), np.zeros(systems), np.zeros(systems), np.ones(systems), np.zeros((systems, 2)),
+            np.zeros((systems, EPOCHS, len(SEEN))), zero, zero, zero,
+        )  # fmt: skip
+
+    def at(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Past:
+        """Of some of the systems."""
+        return Past(*(getattr(self, item.name)[which] for item in fields(self)))
 
 
 class Policy(Protocol):
@@ -213,6 +258,14 @@ class Menu:
     entry_cloud_s: Floats
     waited_s: Floats
     """(systems,): since the request arrived."""
+    past: Past | None = None
+    """None: nobody remembers."""
+
+    def at(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Menu:
+        """About some of the systems."""
+        names = [item.name for item in fields(self) if item.name not in ("table", "past")]
+        past = None if self.past is None else self.past.at(which)
+        return replace(self, past=past, **{name: getattr(self, name)[which] for name in names})
 
 
 class Chooser(Protocol):

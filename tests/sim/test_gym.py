@@ -79,8 +79,8 @@ def test_the_same_seed_gives_the_same_episode_and_resetting_without_one_the_next
     env = Splitwise(BUSY, requests=3)
     first = env.reset(seed=1)[0]
     assert np.array_equal(env.reset(seed=1)[0], first)
-    waits = [env._many._traces.arrival_s[0, 0, 0]]
+    waits = [env._many._worlds.traces.arrival_s[0, 0, 0]]
     env.reset()
-    waits.append(env._many._traces.arrival_s[0, 0, 0])
+    waits.append(env._many._worlds.traces.arrival_s[0, 0, 0])
     assert waits[0] != waits[1]
     assert waits[0] == draw(replace(BUSY), 1, [0], 3).arrival_s[0, 0, 0]

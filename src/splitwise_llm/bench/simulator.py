@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def random_menus(params: Params, states: int) -> Iterator[Menu]:
             number += 1
             menu = _shaken(params, question.menu, number)
             short = states - made
-            part = _rows(menu, slice(0, short)) if len(menu.current) > short else menu
+            part = menu.at(np.arange(short)) if len(menu.current) > short else menu
             if len(part.current):
                 made += len(part.current)
                 yield part
@@ -148,14 +148,9 @@ def _shaken(params: Params, menu: Menu, number: int) -> Menu:
     return replace(menu, conditions=x, queues=queues, virtual=virtual)
 
 
-def _rows(menu: Menu, which: slice) -> Menu:
-    names = [field.name for field in fields(Menu) if field.name != "table"]
-    return replace(menu, **{name: getattr(menu, name)[which] for name in names})
-
-
 def _one_by_one(menu: Menu) -> Iterator[Menu]:
     for number in range(len(menu.current)):
-        yield _rows(menu, slice(number, number + 1))
+        yield menu.at(np.array([number]))
 
 
 def _regrets(menu: Menu, solver: Solver, world: World, job: Job, row: Scenario, case: Case, limit: int) -> list[float]:

@@ -66,10 +66,10 @@ class TableChooser:
             chosen[fresh] = prepared.fixed
             return chosen
         if fresh.any():
-            chosen[fresh] = self._best(prepared, _rows(menu, fresh), None)
+            chosen[fresh] = self._best(prepared, menu.at(fresh), None)
         running = ~fresh
         if running.any() and self.in_flight:
-            some = _rows(menu, running)
+            some = menu.at(running)
             entry = Entry(some.entry_s, some.entry_device_s, some.entry_cloud_s)
             best = self._best(prepared, some, entry)
             chosen[running] = np.where(best == some.current, -1, best)
@@ -102,19 +102,6 @@ class TableChooser:
             kept = table, _prepare(self, table)  # the table is kept, too: its id stays its own
             self._tables[id(table)] = kept
         return kept[1]
-
-
-def _rows(menu: Menu, which: Bools) -> Menu:
-    return replace(
-        menu,
-        **{
-            name: getattr(menu, name)[which]
-            for name in (
-                "conditions", "admissible", "queues", "virtual", "current", "remaining_tokens", "entry_s",
-                "entry_device_s", "entry_cloud_s", "waited_s",
-            )
-        },
-    )  # fmt: skip
 
 
 def uses(tools: Tools, decision: Decision) -> bool:

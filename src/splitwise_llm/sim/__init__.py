@@ -10,8 +10,10 @@
 | `phases` | what requests in flight take, and what work they leave |
 | `step` | from one event to the next |
 | `endings`, `changes`, `cloud` | what an event brings: requests end; the world changes; a shared cloud governs |
+| `past` | what devices remember |
 | `asking` | questions to decision makers, and their answers |
 | `episode` | a whole run and its records |
 | `scenarios` | the settings that claims are made for |
-| `gym` | the same for learners |
+| `worlds` | worlds that wait for answers, and what the time between costs |
+| `gym` | the same as Gymnasium environments |
 """

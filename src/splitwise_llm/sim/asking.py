@@ -20,6 +20,7 @@ from splitwise_llm.observation import Menu
 from splitwise_llm.sim.draws import Traces
 from splitwise_llm.sim.endings import SHED, Ended, end
 from splitwise_llm.sim.params import NEVER_S, Params
+from splitwise_llm.sim.past import decided, past
 from splitwise_llm.sim.phases import conditions, expected_left, work_left
 from splitwise_llm.sim.physics import CLOUD_S, DEVICE_S, TOKEN, Bools, Floats, Ints
 from splitwise_llm.sim.physics import PROMPT as PER_PROMPT
@@ -109,6 +110,7 @@ def _menu(params: Params, traces: Traces, s: State, table: int, i: tuple[Ints, I
         entry_device_s=entry[1],
         entry_cloud_s=entry[2],
         waited_s=s.now[e] - s.arrival_s[i],
+        past=past(params, traces, s, e, d),
     )
 
 
@@ -196,6 +198,7 @@ def answer(params: Params, traces: Traces, s: State, question: Question, choice:
         raise ValueError(f"an answer is {LATER}, {STAY} or a plan below {plans} for each of {len(i[0])} systems")
     if params.epoch_s >= NEVER_S and (choice == LATER).any():
         raise ValueError(f"{LATER} (ask again later) was answered where nobody is ever asked again")
+    decided(params, traces, s, i[0], i[1])
     s.ask[i] = False
     s.epoch_s[i] = s.now[i[0]] + params.epoch_s
     s.epoch_tokens[i] = s.tokens[i] + params.epoch_tokens

@@ -7,6 +7,7 @@ import numpy as np
 from splitwise_llm.sim.draws import Traces
 from splitwise_llm.sim.endings import EPS
 from splitwise_llm.sim.params import NEVER_S, Params
+from splitwise_llm.sim.past import link_flipped
 from splitwise_llm.sim.paths import Path
 from splitwise_llm.sim.physics import Bools, Floats, Ints
 from splitwise_llm.sim.state import FREE, HELD, WAIT, State
@@ -84,6 +85,10 @@ def learn(params: Params, traces: Traces, s: State, go: Bools) -> None:
     tell = new & ((level[row] != level[s.seen]) | (traces.link_rows[row, 3] != traces.link_rows[s.seen, 3]))
     if not params.is_shared:
         tell |= new & (cloud_row != s.seen_cloud)
+    flipped = new & (traces.link_rows[row, 3] != traces.link_rows[s.seen, 3])
+    if flipped.any():
+        e, d = np.nonzero(flipped)
+        link_flipped(s, e, d, traces.link_rows[row[e, d], 3] > 0)
     np.copyto(s.seen, row, where=new)
     np.copyto(s.seen_cloud, cloud_row, where=new)
     if params.epoch_s < NEVER_S:

@@ -10,6 +10,7 @@ from splitwise_llm import lyapunov
 from splitwise_llm.sim import cloud
 from splitwise_llm.sim.draws import Traces
 from splitwise_llm.sim.params import NEVER_S, Params
+from splitwise_llm.sim.past import answered
 from splitwise_llm.sim.physics import Bools, Floats, Ints
 from splitwise_llm.sim.state import DECODE, DELIVER, FREE, MOVE, PROMPT, WAIT, State
 
@@ -108,6 +109,8 @@ def end(params: Params, traces: Traces, s: State, i: tuple[Ints, ...], status: i
             s.first_plan[i], s.plan[i], s.moves[i], s.preempted[i], s.mode_s[i].copy(),
         )
     )  # fmt: skip
+    if done:
+        answered(s, e, d, s.output[i])
     total = now - s.arrival_s[i] if done else np.full(len(e), params.t_max_s)
     deadline = params.budgets.deadline_s
     missed = (total > deadline).astype(np.float64) if deadline is not None else np.zeros(len(e))

@@ -22,9 +22,8 @@ units of the reference time of the penalty) unless the table says otherwise:
 | plans | refuse the request; in flight: stay |
 | plans + 1 | ask again at the next epoch; in flight: stay |
 
-The reward for the time `tau` until the next decision is `- integral e^(-beta t) (N / T_ref + w_E P / E_ref) dt`, with
-N requests in flight and P watts of all devices of the world, less `w_A nats / n_ref` of requests that ended: latency
-is paid as it passes. `info["discount"]` is `e^(-beta tau)`. An episode terminates when every request has ended, and
+The reward for the time `tau` until the next decision is the cost of that time (`worlds`), discounted, below 0.
+`info["discount"]` is `e^(-beta tau)`. An episode terminates when every request has ended, and
 is truncated after `until_s` simulated seconds.
 """
 
@@ -40,15 +39,11 @@ from numpy.typing import NDArray
 
 from splitwise_llm.errors import SpecError
 from splitwise_llm.observation import Menu
-from splitwise_llm.sim.asking import LATER, REFUSE, Question, answer, questions
-from splitwise_llm.sim.draws import draw, exchanged
-from splitwise_llm.sim.endings import DONE, Ended
+from splitwise_llm.sim.asking import LATER, REFUSE, Question
+from splitwise_llm.sim.draws import draw
 from splitwise_llm.sim.params import Params
-from splitwise_llm.sim.physics import Floats
-from splitwise_llm.sim.state import FREE, State, initial
-from splitwise_llm.sim.step import step
+from splitwise_llm.sim.worlds import BETA_PER_S, Worlds
 
-BETA_PER_S = 1 / 300
 FIXED = 16
 Observations = NDArray[np.float32]
 
@@ -96,7 +91,7 @@ class VectorSplitwise(gymnasium.vector.VectorEnv[Observations, NDArray[np.int64]
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._asked: list[Question] = []
-        self._state: State | None = None
+        self._worlds: Worlds | None = None
         self._seed = 0
 
     def reset(
@@ -105,98 +100,52 @@ class VectorSplitwise(gymnasium.vector.VectorEnv[Observations, NDArray[np.int64]
         """Start every world. The traces are those of `seed`, numbered from 0; without a seed, the next ones."""
         if isinstance(seed, list):
             seed = seed[0]
-        if seed is not None or self._state is None:
+        if seed is not None or self._worlds is None:
             self._seed = int(seed or 0)
             self._episode = 0
         else:
             self._episode += self.num_envs
         numbers = range(self._episode, self._episode + self.num_envs)
-        self._traces = draw(self.params, self._seed, numbers, self._requests, self._spread)
+        traces = draw(self.params, self._seed, numbers, self._requests, self._spread)
+        self._worlds = Worlds(self.params, traces, self._until_s)
         self._episode += self.num_envs
-        self._state = initial(self.params, self._traces)
         self._over = np.zeros(self.num_envs, np.bool_)
-        self._run()
-        seen = self._observe()
+        self._worlds.go_on()
+        seen = self._observe(self._worlds)
         return seen, {"admissible": self._admissible}
 
     def step(
         self, actions: NDArray[np.int64]
     ) -> tuple[Observations, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Answer every question; what then happens until each world asks again or has ended."""
-        assert self._state is not None, "call reset before step"
+        worlds = self._worlds
+        assert worlds is not None, "call reset before step"
         renewed = self._over.copy()
         for world in np.nonzero(renewed)[0].tolist():
-            self._renew(world)
-        for question in self._asked:
-            e = question.slots[0]
-            plans = len(self.params.physics.tables[question.table])
-            choice = np.asarray(actions, np.int64)[e]
-            choice = np.where(choice == self.width, REFUSE, np.where(choice == self.width + 1, LATER, choice))
-            choice = np.where(choice >= plans, LATER, choice)  # no such plan in this world's table
-            self._lose(answer(self.params, self._traces, self._state, question, choice))
-        reward, tau = self._run()
-        reward[renewed] = 0.0
-        truncated = self._state.now >= self._until_s
-        terminated = self._state.is_over & ~truncated
+            worlds.renew(world, draw(self.params, self._seed, [self._episode], self._requests, self._spread))
+            self._episode += 1
+        ended = worlds.answer([(question, self._choice(question, actions)) for question in self._asked])
+        passed = worlds.go_on(ended)
+        reward = np.where(renewed, 0.0, -passed.cost)
+        truncated = worlds.state.now >= self._until_s
+        terminated = worlds.state.is_over & ~truncated
         self._over = terminated | truncated
-        seen = self._observe()
-        info = {"admissible": self._admissible, "discount": np.exp(-BETA_PER_S * tau), "tau_s": tau}
+        seen = self._observe(worlds)
+        discount = np.exp(-BETA_PER_S * passed.tau_s)
+        info = {"admissible": self._admissible, "discount": discount, "tau_s": passed.tau_s}
         return seen, reward, terminated, truncated, info
 
     def close_extras(self, **kwargs: Any) -> None:
         """Nothing is open."""
 
-    def _renew(self, world: int) -> None:
-        """Another trace for one world."""
-        assert self._state is not None
-        one = draw(self.params, self._seed, [self._episode], self._requests, self._spread)
-        self._episode += 1
-        self._traces = exchanged(self._traces, world, one)
-        fresh = initial(self.params, one)
-        for name in State.__slots__:
-            getattr(self._state, name)[world] = getattr(fresh, name)[0]
+    def _choice(self, question: Question, actions: NDArray[np.int64]) -> NDArray[np.int64]:
+        plans = len(self.params.physics.tables[question.table])
+        choice = np.asarray(actions, np.int64)[question.slots[0]]
+        choice = np.where(choice == self.width, REFUSE, np.where(choice == self.width + 1, LATER, choice))
+        return np.where(choice >= plans, LATER, choice)  # no such plan in this world's table
 
-    def _run(self) -> tuple[Floats, Floats]:
-        """Go on until every world asks or has ended: rewards (e,) and the time (e,) that took."""
-        assert self._state is not None
-        s, params = self._state, self.params
-        self._nats = np.zeros(self.num_envs)
-        tau, cost = np.zeros(self.num_envs), np.zeros(self.num_envs)
-        while True:
-            idle = s.is_over | (s.now >= self._until_s) | s.is_asking
-            if idle.all():
-                break
-            held = s.is_over.copy()
-            s.is_over |= s.now >= self._until_s
-            begin, drawn = s.now.copy(), s.drawn_j.sum(axis=1)
-            there = (s.phase != FREE).sum(axis=(1, 2)) + self._at_door(begin)
-            self._lose(step(params, self._traces, s)[0])
-            s.is_over &= held | ~(s.now >= self._until_s)
-            dt = s.now - begin
-            weight = np.exp(-BETA_PER_S * tau)
-            penalty = params.penalty
-            cost += weight * -np.expm1(-BETA_PER_S * dt) / BETA_PER_S * there / penalty.t_ref_s
-            cost += weight * penalty.w_energy * (s.drawn_j.sum(axis=1) - drawn) / penalty.e_ref_j
-            tau += dt
-        return -(cost + self._nats), tau
-
-    def _at_door(self, now: Floats) -> Floats | float:
-        if self.params.arrivals.think_s is not None:
-            return 0.0
-        assert self._state is not None
-        come = (self._traces.arrival_s <= now[:, None, None]).sum(axis=2)
-        waiting: Floats = (come - self._state.taken).sum(axis=1).clip(min=0).astype(np.float64)
-        return waiting
-
-    def _lose(self, ended: list[Ended]) -> None:
-        penalty = self.params.penalty
-        for part in ended:
-            nats = np.where(part.status == DONE, self.params.physics.nats[part.last_plan], 0.0)
-            np.add.at(self._nats, part.world, penalty.w_accuracy * nats / penalty.n_ref)
-
-    def _observe(self) -> Observations:
-        assert self._state is not None
-        self._asked = list(questions(self.params, self._traces, self._state, one_each=True))
+    def _observe(self, worlds: Worlds) -> Observations:
+        self._asked = worlds.questions()
         result = np.zeros((self.num_envs, FIXED + 3 * self.width), np.float32)
         self._admissible = np.zeros((self.num_envs, self.width + 2), np.bool_)
         self._admissible[:, self.width :] = True

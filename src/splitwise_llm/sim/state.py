@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from splitwise_llm.lyapunov import NUM_VIRTUAL
+from splitwise_llm.observation import EPOCHS, SEEN
 from splitwise_llm.sim.draws import Traces
 from splitwise_llm.sim.params import NEVER_S, Params
 from splitwise_llm.sim.paths import Path
@@ -51,6 +52,9 @@ class State:
     drawn_j: Floats  # (e, d) energy of the device so far
     battery_j: Floats  # (e, d) what is left; infinite on mains
     virtual: Floats  # (e, d, 4)
+    since_s: Floats  # (e, d) when the link was last seen to come or go
+    epochs: Floats  # (e, d, EPOCHS, SEEN) as in `observation.Past`, with the time in place of the age
+    counts: Floats  # (e, d, 3, 3) outages, gaps, answers of `observation.Past`
 
     phase: Ints  # (e, d, s)
     ask: Bools
@@ -128,7 +132,8 @@ def initial(params: Params, traces: Traces) -> State:
         seen=link_row.copy(), seen_cloud=np.repeat(cloud_row[:, None], devices, axis=1),
         taken=count(per_device), ready_s=traces.arrival_s[..., 0].copy(), used_s=number(per_device),
         drawn_j=number(per_device), battery_j=np.tile(battery, (worlds, 1)),
-        virtual=number((*per_device, NUM_VIRTUAL)),
+        virtual=number((*per_device, NUM_VIRTUAL)), since_s=number(per_device),
+        epochs=number((*per_device, EPOCHS, len(SEEN))), counts=number((*per_device, 3, 3)),
         phase=count(per_slot), ask=no(per_slot), request=count(per_slot), plan=count(per_slot), home=count(per_slot),
         left=number(per_slot), tokens=number(per_slot), delivered=number(per_slot), output=number(per_slot),
         guess=number(per_slot), arrival_s=number(per_slot), first_s=number(per_slot),

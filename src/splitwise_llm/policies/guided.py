@@ -1,0 +1,286 @@
+"""Exact drift plus penalty under knobs that somebody else turns, and the filter that keeps them from doing harm.
+
+With D1 the objective at nominal prices and a* its minimiser, what the knobs lead to is executed if
+`D1(a) <= D1(a*) + eta |D1(a*)| + C`, C = `slack` V; else a* is, and it is counted. It knows no learner.
+
+What is no plan has a value, too: to ask again later costs `V (waited + an epoch) / T_ref` beyond a* (so that all
+waiting together stays within the bound), to refuse costs `V T_max / T_ref`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitwise_llm.cost import Entry, Limits, Prices, Table, Work, bill
+from splitwise_llm.errors import BrokenInvariant
+from splitwise_llm.lyapunov import Budgets, Penalty
+from splitwise_llm.observation import Menu, Tools
+from splitwise_llm.plan import DEVICE
+from splitwise_llm.policies.choosers import uses
+from splitwise_llm.policies.knobs import HEADS, ODDS, SIZES, Constants, Knobs, Mode
+from splitwise_llm.policies.objective import DriftPlusPenalty
+from splitwise_llm.policies.planners import typical
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+ETA, SLACK = 0.15, 0.1
+REFUSE = STAY = -1
+LATER = -2
+CLASSES = (Mode.EDGE, Mode.CLOUD, Mode.BOTH)
+"""Which machines a plan uses; a table's plans are divided among these modes."""
+_WHERE = {name: n for n, (name, _) in enumerate(HEADS)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """What is made of one table once."""
+
+    table: Table
+    allowed: Bools
+    """(plans,): made with the tools there are."""
+    classes: Ints
+    """(plans,): number in `CLASSES`."""
+    drafts: Bools
+    """(plans,): whether it drafts."""
+    penalty: Penalty
+    weights: Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Priced:
+    """Systems of a menu, their plans priced as they are."""
+
+    menu: Menu
+    prepared: Prepared
+    prices: Prices
+    d1: Floats
+    """(systems, plans): D at nominal prices; inf where a plan cannot be chosen."""
+    best: Ints
+    """(systems,): a*"""
+    least: Floats
+    """(systems,): D1(a*)"""
+    bound: Floats
+    """(systems,): what may be executed."""
+    fresh: Bools
+    """(systems,): at admission."""
+    later_d1: Floats
+    """(systems,): of asking again later."""
+    shed_d1: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Guided:
+    """What is to be done, and what was held back."""
+
+    choice: Ints
+    """(systems,): a plan, or STAY, LATER, REFUSE as `Chooser` has them."""
+    wanted: Ints
+    """The same without the filter."""
+    kept: Bools
+    """(systems,): whether the filter put a* in its place."""
+    d1: Floats
+    """(systems,): D1 of what is done."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Guide:
+    """The low level under knobs; a planner of the field gets the same tools, limits and budgets."""
+
+    tools: Tools
+    limits: Limits = field(default_factory=Limits)
+    budgets: Budgets = field(default_factory=Budgets)
+    v: float = 1.0
+    arrivals_per_s: float = 0.0
+    eta: float = ETA
+    slack: float = SLACK
+    epoch_s: float = 1.0
+    t_max_s: float = 600.0
+    w_energy: float = 0.0
+    """Seconds that a joule of the device counts as, for all who are asked the same way."""
+    _tables: dict[int, Prepared] = field(default_factory=dict, repr=False)
+    _odds: dict[tuple[int, float], Table] = field(default_factory=dict, repr=False)
+
+    def prepare(self, table: Table) -> Prepared:
+        """Raises RequestError where no plan may be made."""
+        kept = self._tables.get(id(table))
+        if kept is None:
+            world, job = table.world, table.bills[0].job
+            decisions = [one.decision for one in table.bills]
+            penalty, weights = typical(world, job, self.tools, self.limits, self.arrivals_per_s)
+            energy = self.w_energy * penalty.e_ref_j / penalty.t_ref_s
+            machines = [decision.partition.machines for decision in decisions]
+            kept = Prepared(
+                table,
+                np.array([uses(self.tools, decision) for decision in decisions]),
+                np.array([0 if m == {DEVICE} else 2 if DEVICE in m else 1 for m in map(set, machines)]),
+                np.array([decision.draft > 0 for decision in decisions]),
+                replace(penalty, v=self.v, w_energy=energy),
+                weights * self.v,
+            )
+            self._tables[id(table)] = kept  # holds the table: its id stays its own
+        return kept
+
+    def price(self, menu: Menu) -> Priced:
+        """At nominal prices."""
+        prepared = self.prepare(menu.table)
+        fresh = menu.current < 0
+        prices = self._prices(menu, prepared.table, None)
+        usable = menu.admissible & prepared.allowed
+        usable = np.where(usable.any(axis=1, keepdims=True), usable, prepared.allowed)
+        d1 = np.where(usable, self._values(menu, prepared, prices, None), np.inf)
+        best = d1.argmin(axis=1)
+        least = d1[np.arange(len(best)), best]
+        unit = self.v / prepared.penalty.t_ref_s
+        return Priced(
+            menu, prepared, prices, d1, best, least,
+            least + self.eta * np.abs(least) + self.slack * self.v, fresh,
+            np.where(fresh, least + unit * (menu.waited_s + self.epoch_s), self._staying(d1, menu, least)),
+            unit * self.t_max_s,
+        )  # fmt: skip
+
+    @staticmethod
+    def _staying(d1: Floats, menu: Menu, least: Floats) -> Floats:
+        here = d1[np.arange(len(least)), np.maximum(menu.current, 0)]
+        return np.where(np.isfinite(here), here, least)
+
+    def masks(self, priced: Priced) -> Bools:
+        """(systems, values of all heads side by side): what may be turned to. Neutral always may."""
+        masks = np.ones((len(priced.least), sum(SIZES)), np.bool_)
+        for number, mode in enumerate(CLASSES):
+            of_class = priced.d1[:, priced.prepared.classes == number]
+            reach = of_class.min(axis=1) if of_class.shape[1] else np.full(len(masks), np.inf)
+            masks[:, mode] = reach <= priced.bound
+        masks[:, Mode.RACE] = masks[:, Mode.SHADOW] = False
+        masks[:, Mode.WAIT] = priced.later_d1 <= priced.bound
+        masks[:, Mode.SHED] = priced.fresh & (priced.shed_d1 <= priced.bound)
+        return masks
+
+    def guide(self, priced: Priced, knobs: Knobs) -> Guided:
+        """What the knobs lead to, if the filter lets it pass. Raises BrokenInvariant rather than let anything worse."""
+        n = np.arange(len(priced.least))
+        wanted = self._wanted(priced, knobs)
+        d1 = priced.d1[n, np.maximum(wanted, 0)]
+        d1 = np.where(knobs.mode == Mode.WAIT, priced.later_d1, d1)
+        d1 = np.where(wanted == _SHED, priced.shed_d1, d1)
+        kept = ~(d1 <= priced.bound)
+        done = np.where(kept, priced.best, wanted)
+        d1 = np.where(kept, priced.least, d1)
+        if not (d1 <= priced.bound).all():
+            raise BrokenInvariant("a decision would cost more than the bound of the safety filter")
+        return Guided(self._answer(priced, done), self._answer(priced, wanted), kept, d1)
+
+    def choose(self, menu: Menu, knobs: Knobs | None = None) -> Ints:
+        """With neutral knobs exact drift plus penalty, as `drift` among the policies."""
+        return self.guide(self.price(menu), knobs or Knobs.neutral(len(menu.current))).choice
+
+    def _wanted(self, priced: Priced, knobs: Knobs) -> Ints:
+        """(systems,): a plan, LATER, or _SHED."""
+        menu, prepared = priced.menu, priced.prepared
+        values = np.full(priced.d1.shape, np.inf)
+        for odds in np.unique(knobs.draft):
+            at = np.nonzero(knobs.draft == odds)[0]
+            some, turned = menu.at(at), knobs.at(at)
+            table = self._table_with(prepared.table, float(odds))
+            plain = table is prepared.table and (turned.patience == 1.0).all()
+            prices = _rows(priced.prices, at) if plain else self._prices(some, table, turned.patience)
+            values[at] = self._values(some, prepared, prices, turned)
+        values = np.where(np.isfinite(priced.d1), values, np.inf)
+        for number, mode in enumerate(CLASSES):
+            only = knobs.mode == mode
+            if only.any():
+                there = np.where(prepared.classes == number, values[only], np.inf)
+                values[only] = np.where(np.isfinite(there).any(axis=1, keepdims=True), there, values[only])
+        wanted = values.argmin(axis=1)
+        wanted = np.where(knobs.mode == Mode.WAIT, LATER, wanted)
+        result: Ints = np.where((knobs.mode == Mode.SHED) & priced.fresh, _SHED, wanted)
+        return result
+
+    @staticmethod
+    def _answer(priced: Priced, plans: Ints) -> Ints:
+        current = priced.menu.current
+        stays = ~priced.fresh & ((plans == current) | (plans == LATER))
+        answer: Ints = np.where(stays, STAY, np.where(plans == _SHED, REFUSE, plans))
+        return answer
+
+    def _prices(self, menu: Menu, table: Table, patience: Floats | None) -> Prices:
+        """Of the rest of each request; `patience` scales what leaving a machine that is out of reach takes."""
+        later, fresh = menu.remaining_tokens[:, None], (menu.current < 0)[:, None]
+        if fresh.all():
+            return table.at(menu.conditions, later)
+        entry_s = menu.entry_s
+        if patience is not None and menu.past is not None:
+            leaves = menu.past.is_down & (menu.current >= 0)
+            scale = np.where(leaves, patience, 1.0)[:, None]
+            here = np.arange(entry_s.shape[1]) == menu.current[:, None]
+            entry_s = np.where(here, entry_s, entry_s * scale)
+        entry = Entry(entry_s, menu.entry_device_s, menu.entry_cloud_s)
+        running = table.at(menu.conditions, later, entry)
+        if not fresh.any():
+            return running
+        return _where(fresh, table.at(menu.conditions, later), running)
+
+    def _values(self, menu: Menu, prepared: Prepared, prices: Prices, knobs: Knobs | None) -> Floats:
+        weights, virtual = prepared.weights, menu.virtual[:, None, :]
+        if knobs is not None:
+            scale = np.stack([knobs.device, knobs.link, knobs.link, knobs.cloud], axis=-1)[:, None, :]
+            weights, virtual = weights * scale, virtual * knobs.budgets[:, None, None]
+        objective = DriftPlusPenalty(
+            prepared.penalty, weights, menu.queues[:, None, :], virtual, self.budgets,
+            menu.remaining_tokens[:, None], menu.waited_s[:, None],
+        )  # fmt: skip
+        return objective.value(prices)
+
+    def _table_with(self, table: Table, odds: float) -> Table:
+        """The same plans, if a drafted token were accepted at other odds."""
+        world = table.world
+        a = world.drafter.acceptance
+        if odds == 1.0 or not a > 0 or not self.prepare(table).drafts.any():
+            return table
+        key = (id(table), odds)
+        if key not in self._odds:
+            believed = replace(world, drafter=replace(world.drafter, acceptance=odds * a / (1 - a + odds * a)))
+            self._odds[key] = Table(believed, [bill(believed, one.decision, one.job) for one in table.bills])
+        return self._odds[key]
+
+
+_SHED = -3
+
+
+def _rows(prices: Prices, at: Ints) -> Prices:
+    return _each(lambda value: value[at] if value.ndim > 1 else value, prices)
+
+
+def _where(which: Bools, these: Prices, those: Prices) -> Prices:
+    def each(a: Floats, b: Floats) -> Floats:
+        return np.asarray(np.where(which, a, b)) if a.ndim > 1 else a
+
+    return _each(each, these, those)
+
+
+def _each(make: Callable[..., Floats], *prices: Prices) -> Prices:
+    """The figures that `make` makes of the same figure of all of them."""
+    works = [one.work for one in prices]
+    work = Work(*(make(*(getattr(one, item.name) for one in works)) for item in fields(Work)))
+    plain = [item.name for item in fields(Prices) if item.name != "work"]
+    return Prices(work=work, **{name: make(*(getattr(one, name) for one in prices)) for name in plain})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constant:
+    """The same knobs always: what a plain optimiser has tuned, or, all 1, exact drift plus penalty."""
+
+    guide: Guide
+    constants: Constants = Constants()  # noqa: RUF009 - frozen
+    in_flight: bool = True
+
+    def choose(self, menu: Menu) -> Ints:
+        return self.guide.choose(menu, self.constants.knobs(len(menu.current)))
+
+
+__all__ = ["CLASSES", "ETA", "LATER", "ODDS", "REFUSE", "SLACK", "STAY", "Constant", "Guide", "Guided", "Priced"]

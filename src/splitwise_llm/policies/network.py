@@ -1,0 +1,110 @@
+"""The forward pass of the high level, in numpy: deciding needs no learning library. It knows no meaning of its inputs.
+
+A GRU reads the remembered epochs, the oldest first; its last state and the other features go through two tanh layers
+to the logits of all heads, side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from splitwise_llm.errors import ModelError
+from splitwise_llm.observation import EPOCHS, SEEN
+from splitwise_llm.policies.features import COUNT, TOTAL
+from splitwise_llm.policies.knobs import SIZES
+
+Array = NDArray[np.float32]
+NAMES = (
+    "gru_input", "gru_hidden", "gru_input_bias", "gru_hidden_bias", "first", "first_bias", "second", "second_bias",
+    "heads", "heads_bias", "low", "high",
+)  # fmt: skip
+MARGIN = 0.05
+"""What a feature may lie outside of what was seen in training, of [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Network:
+    """Matrices are (out, in). Those of the GRU are stacked as reset, update, new."""
+
+    gru_input: Array
+    gru_hidden: Array
+    gru_input_bias: Array
+    gru_hidden_bias: Array
+    first: Array
+    first_bias: Array
+    second: Array
+    second_bias: Array
+    heads: Array
+    heads_bias: Array
+    low: Array
+    """(COUNT,): smallest and largest value of each feature in training."""
+    high: Array
+
+    def __post_init__(self) -> None:
+        wanted = {"heads": (sum(SIZES), self.second.shape[0]), "low": (COUNT,), "high": (COUNT,)}
+        wanted["gru_input"] = (self.gru_hidden.shape[0], len(SEEN))
+        wanted["first"] = (self.first.shape[0], COUNT + self.gru_hidden.shape[1])
+        for name, shape in wanted.items():
+            if getattr(self, name).shape != shape:
+                raise ModelError(
+                    f"weights of the policy: {name} is {getattr(self, name).shape}, expected {shape}; they were made by "
+                    "another version: run `splitwise train` again"
+                )
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Array]) -> Network:
+        """Raises ModelError where something is missing or of another shape."""
+        missing = [name for name in NAMES if name not in arrays]
+        if missing:
+            raise ModelError(f"weights of the policy: {', '.join(missing)} missing; run `splitwise train` again")
+        return cls(*(np.asarray(arrays[name], np.float32) for name in NAMES))
+
+    @classmethod
+    def load(cls, file: Path) -> Network:
+        """Raises ModelError where the file is not what `save` writes."""
+        try:
+            with np.load(file) as arrays:
+                return cls.of(arrays)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file}: no weights of a policy ({error}); make some with `splitwise train`") from error
+
+    def save(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part.npz")
+        np.savez_compressed(part, **{name: getattr(self, name) for name in NAMES})
+        part.replace(file)
+
+    def logits(self, x: Array) -> Array:
+        """(systems, TOTAL) -> (systems, sum of SIZES)."""
+        if x.shape[1] != TOTAL:
+            raise ModelError(f"the policy takes {TOTAL} features, not {x.shape[1]}")
+        plain, epochs = x[:, :COUNT], x[:, COUNT:].reshape(len(x), EPOCHS, len(SEEN))
+        hidden = np.zeros((len(x), self.gru_hidden.shape[1]), np.float32)
+        inputs = epochs[:, ::-1] @ self.gru_input.T + self.gru_input_bias
+        for n in range(EPOCHS):
+            reset, update, new = np.split(inputs[:, n], 3, axis=1)
+            r, z, h = np.split(hidden @ self.gru_hidden.T + self.gru_hidden_bias, 3, axis=1)
+            update = _sigmoid(update + z)
+            hidden = (1 - update) * np.tanh(new + _sigmoid(reset + r) * h) + update * hidden
+        both = np.concatenate([plain, hidden], axis=1)
+        both = np.tanh(both @ self.first.T + self.first_bias)
+        both = np.tanh(both @ self.second.T + self.second_bias)
+        result: Array = both @ self.heads.T + self.heads_bias
+        return result
+
+    def is_outside(self, x: Array) -> NDArray[np.bool_]:
+        """(systems,): whether any feature is outside of what was seen in training, or no number."""
+        plain = x[:, :COUNT]
+        inside = (plain >= self.low - MARGIN) & (plain <= self.high + MARGIN)
+        outside: NDArray[np.bool_] = ~(inside.all(axis=1) & np.isfinite(x).all(axis=1))
+        return outside
+
+
+def _sigmoid(x: Array) -> Array:
+    result: Array = 1 / (1 + np.exp(-np.clip(x, -30, 30)))
+    return result
