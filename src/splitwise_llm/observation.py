@@ -56,6 +56,15 @@ class Tools:
         pairs = product(self.wires, self.prefill_wires)
         return tuple(dict.fromkeys((wire, None if early is wire else early) for wire, early in pairs))
 
+    def allow(self, decision: Decision) -> bool:
+        """Whether a decision keeps to them."""
+        return (
+            decision.wire in self.wires
+            and decision.prefill_chunk in self.chunks
+            and decision.draft in self.drafts
+            and decision.prefill_wire in self.prefill_wires
+        )
+
 
 PLAIN = Tools()
 EVERYTHING = Tools(

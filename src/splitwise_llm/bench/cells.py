@@ -18,8 +18,9 @@ from splitwise_llm.errors import RequestError
 from splitwise_llm.lyapunov import Budgets
 from splitwise_llm.observation import PLAIN, Chooser, Menu, Tools
 from splitwise_llm.policies import POLICIES
-from splitwise_llm.policies.choosers import Fixed, find_chooser, planned, uses
+from splitwise_llm.policies.choosers import Fixed, find_chooser, planned
 from splitwise_llm.policies.menus import menu
+from splitwise_llm.policies.mind import Splitwise
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
 from splitwise_llm.policies.planners import Planner, typical
 from splitwise_llm.records import Cell, Estimate
@@ -109,7 +110,7 @@ class Setting:
             penalty, weights = typical(world, job, tools, self.limits, self.case.per_s)
             objectives[tools] = [Latency(), DriftPlusPenalty(penalty, weights)]
             for name, (_, policy) in POLICIES.items():
-                if not isinstance(policy, Planner) and not name.endswith("replanned"):
+                if not isinstance(policy, (Planner, Splitwise)) and not name.endswith("replanned"):
                     try:
                         extra[planned(policy, world, job, tools, self.limits)] = None
                     except RequestError:
@@ -145,7 +146,7 @@ class Setting:
         requests, the three best then on all of them. Of several tables, the plan of the same shape in each."""
         tools = TOOLS if policy.endswith(WITH_TOOLS) else PLAIN
         table = self.tables[0]
-        numbers = [n for n, bill in enumerate(table.bills) if uses(tools, bill.decision)]
+        numbers = [n for n, bill in enumerate(table.bills) if tools.allow(bill.decision)]
         few = draw(self.params, self.split.seed, self.traces.numbers, self.size.fixed_requests, self.split.spread)
 
         def tried(traces: Traces, number: int) -> float:

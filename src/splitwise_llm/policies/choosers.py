@@ -18,6 +18,7 @@ from splitwise_llm.errors import RequestError
 from splitwise_llm.lyapunov import Budgets, Penalty
 from splitwise_llm.observation import Chooser, Menu, Observation, Policy, Tools
 from splitwise_llm.policies import find_policy
+from splitwise_llm.policies.mind import Splitwise
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
 from splitwise_llm.policies.planners import EDGESHARD_REPLANNED, Planner, Pressure, When, typical
 
@@ -104,21 +105,11 @@ class TableChooser:
         return kept[1]
 
 
-def uses(tools: Tools, decision: Decision) -> bool:
-    """Whether a decision keeps to some tools."""
-    return (
-        decision.wire in tools.wires
-        and decision.prefill_chunk in tools.chunks
-        and decision.draft in tools.drafts
-        and decision.prefill_wire in tools.prefill_wires
-    )
-
-
 def _prepare(chooser: TableChooser, table: Table) -> _Prepared:
     planner, tools, limits = chooser.planner, chooser.tools, chooser.limits
     world, job = table.world, table.bills[0].job
     decisions = [bill.decision for bill in table.bills]
-    allowed = np.array([uses(tools, decision) for decision in decisions])
+    allowed = np.array([tools.allow(decision) for decision in decisions])
     if planner.partitions is not None:
         mine = set(planner.decisions(world, job, tools, limits))
         allowed &= np.array([decision in mine for decision in decisions])
@@ -196,7 +187,9 @@ def find_chooser(
 ) -> Chooser:
     """A policy of `POLICIES` for many systems at a time. Raises RequestError for an unknown name."""
     policy = EDGESHARD_REPLANNED if name == EDGESHARD_REPLANNED.name else find_policy(name)
+    budgets = budgets or Budgets()
+    if isinstance(policy, Splitwise):
+        return policy.chooser(tools, limits, budgets, v, arrivals_per_s)
     if isinstance(policy, Planner):
-        budgets = budgets or Budgets()
         return TableChooser(policy, tools, limits, budgets, v, arrivals_per_s, wait_term)
     return Fixed.of(policy, tools, limits)

@@ -20,7 +20,6 @@ from splitwise_llm.errors import BrokenInvariant
 from splitwise_llm.lyapunov import Budgets, Penalty
 from splitwise_llm.observation import Menu, Tools
 from splitwise_llm.plan import DEVICE
-from splitwise_llm.policies.choosers import uses
 from splitwise_llm.policies.knobs import HEADS, ODDS, SIZES, Constants, Knobs, Mode
 from splitwise_llm.policies.objective import DriftPlusPenalty
 from splitwise_llm.policies.planners import typical
@@ -117,7 +116,7 @@ class Guide:
             machines = [decision.partition.machines for decision in decisions]
             kept = Prepared(
                 table,
-                np.array([uses(self.tools, decision) for decision in decisions]),
+                np.array([self.tools.allow(decision) for decision in decisions]),
                 np.array([0 if m == {DEVICE} else 2 if DEVICE in m else 1 for m in map(set, machines)]),
                 np.array([decision.draft > 0 for decision in decisions]),
                 replace(penalty, v=self.v, w_energy=energy),

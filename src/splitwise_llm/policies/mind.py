@@ -1,4 +1,4 @@
-"""The learned high level over the exact solver: it turns knobs, a filter keeps it from doing harm, and both are counted.
+"""The learned high level over the exact solver: it turns knobs, a filter keeps it from harm, and both are counted.
 
 What it cannot judge it leaves to neutral knobs, which are exact drift plus penalty: figures older than `STALE_S`,
 features outside of what it was trained on, outputs that are no numbers.
@@ -15,11 +15,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from splitwise_llm.observation import Menu
+from splitwise_llm.cost import Limits
+from splitwise_llm.decision import Decision
+from splitwise_llm.lyapunov import Budgets
+from splitwise_llm.observation import Menu, Observation, Tools
 from splitwise_llm.policies.features import features
 from splitwise_llm.policies.guided import Guide, Guided, Priced
 from splitwise_llm.policies.knobs import HEADS, NEUTRAL, SIZES, Knobs, Mode
 from splitwise_llm.policies.network import Network
+from splitwise_llm.policies.planners import PLANNERS
 
 Ints = NDArray[np.int64]
 
@@ -109,4 +113,22 @@ class Mind:
         return guided
 
 
-__all__ = ["SHIPPED", "STALE_S", "Mind", "Tally", "best_actions", "knob_name", "shipped"]
+@dataclass(frozen=True, slots=True)
+class Splitwise:
+    """The policy by its name: one observation at a time, or, as `chooser`, many systems at a time."""
+
+    name: str = "splitwise"
+
+    def chooser(
+        self, tools: Tools, limits: Limits, budgets: Budgets, v: float, arrivals_per_s: float, *, w_energy: float = 0.0
+    ) -> Mind:
+        """Raises ModelError without weights."""
+        guide = Guide(tools, limits, budgets, v, arrivals_per_s, w_energy=w_energy)
+        return Mind(guide, shipped())
+
+    def decide(self, observation: Observation) -> Decision:
+        """As exact drift plus penalty decides, until the observation of one session is shown to the network."""
+        return next(row for row in PLANNERS if row.name == "drift").decide(observation)
+
+
+__all__ = ["SHIPPED", "STALE_S", "Mind", "Splitwise", "Tally", "best_actions", "knob_name", "shipped"]

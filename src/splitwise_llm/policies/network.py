@@ -52,8 +52,8 @@ class Network:
         for name, shape in wanted.items():
             if getattr(self, name).shape != shape:
                 raise ModelError(
-                    f"weights of the policy: {name} is {getattr(self, name).shape}, expected {shape}; they were made by "
-                    "another version: run `splitwise train` again"
+                    f"weights of the policy: {name} is {getattr(self, name).shape}, expected {shape}; made by another "
+                    "version: run `splitwise train` again"
                 )
 
     @classmethod
@@ -100,11 +100,9 @@ class Network:
     def is_outside(self, x: Array) -> NDArray[np.bool_]:
         """(systems,): whether any feature is outside of what was seen in training, or no number."""
         plain = x[:, :COUNT]
-        inside = (plain >= self.low - MARGIN) & (plain <= self.high + MARGIN)
-        outside: NDArray[np.bool_] = ~(inside.all(axis=1) & np.isfinite(x).all(axis=1))
-        return outside
+        inside = ((plain >= self.low - MARGIN) & (plain <= self.high + MARGIN)).all(axis=1)
+        return np.asarray(~(inside & np.isfinite(x).all(axis=1)))
 
 
 def _sigmoid(x: Array) -> Array:
-    result: Array = 1 / (1 + np.exp(-np.clip(x, -30, 30)))
-    return result
+    return np.asarray(1 / (1 + np.exp(-np.clip(x, -30, 30))), np.float32)
