@@ -231,7 +231,8 @@ def test_a_session_that_is_over_is_no_company() -> None:
     assert company.is_alone(one, 1.1)
 
 
-# Dies when engine/machine.py says `if (share := None) is not None:` for what pops a released key's share.
+# Dies when engine/machine.py says `self._shares.get(None)` for `self._shares.pop(key, None)`.
+# Dies when engine/machine.py says `self._compute.is_quiet(None)` for `self._compute.is_quiet(here)`.
 def test_who_comes_right_after_another_session_computes_on_its_own_thread(tiny: Callable[[str], Path]) -> None:
     async def play() -> list[str]:
         with Machine(Checkpoint(tiny("llama"))) as machine:
@@ -251,7 +252,6 @@ def test_who_comes_right_after_another_session_computes_on_its_own_thread(tiny: 
 
     own = threading.current_thread().name
     # A divided half is no other session, beside the whole ones around it.
-    # Dies when engine/machine.py says `self._compute.is_quiet(None)` for `self._compute.is_quiet(here)`.
     assert asyncio.run(play()) == [own] * 4
 
 

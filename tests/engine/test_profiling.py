@@ -66,7 +66,7 @@ def test_units_add_up_to_a_step(tmp_path: Path) -> None:
     assert Measured.from_file(tmp_path / "units.json", spec) == units
 
 
-# Dies when engine/profiling.py says `usual = self.halves[:2]` for the medians of the halves behind.
+# Dies when engine/profiling.py says `self.halves[kind::2])` for `self.halves[kind + 2 :: 2] or self.halves[kind::2])`.
 def test_a_machine_wakes_once_a_stage_however_many_halves_follow() -> None:
     timed = _Timed((5.0, 2.5, 1.0, 2.0, 1.5, 2.0, 0.5, 2.0), 1, 3.0, 20.0)
     assert timed.awake == (1.0, 2.0, 1.0, 2.0, 1.5, 2.0, 0.5, 2.0)

@@ -444,8 +444,8 @@ def _gaps(record: RequestRecord) -> list[tuple[int, float]]:
 
 
 def _between_steps(record: RequestRecord) -> list[float]:
-    """What passed on the first machine from a token to the step it begins (s); the prompt was computed on another thread
-    and does not count."""
+    """What passed on the first machine from a token to the step that it begins (s); the prompt's does not count, for it
+    was computed on another thread."""
     mine = {(one.step, one.stage): one for one in record.machines[0].intervals}
     last = max(stage for _, stage in mine)
     steps = range(1, max(step for step, _ in mine))
