@@ -1,7 +1,7 @@
 """How the policy `splitwise` learns, from nothing to the weights that are shipped: read it from top to bottom.
 
-1. Settings are drawn (`courses`), and simulated many worlds at a time (`env`): an action turns knobs, the reward is what
-   that saved against exact drift plus penalty on the same trace.
+1. Settings are drawn (`courses`), and simulated many worlds at a time (`env`): an action turns knobs, the reward is
+   what that saved against exact drift plus penalty on the same trace.
 2. The network (`Reader`, two tanh layers, one head per knob) starts at neutral knobs, which are drift plus penalty.
 3. Proximal policy optimisation with action masks (sb3-contrib's `MaskablePPO`) makes it better. Two things are ours:
    decisions are not equally far apart in time, so each step has a discount of its own (`Buffer`); and the prices of
@@ -172,7 +172,7 @@ def learner(config: Config, env: CourseEnv) -> MaskablePPO:
             "activation_fn": nn.Tanh,
         },
     )
-    head = model.policy.action_net
+    head: Any = model.policy.action_net
     with torch.no_grad():
         head.weight.mul_(0.1)
         head.bias.zero_()
@@ -186,7 +186,7 @@ def learner(config: Config, env: CourseEnv) -> MaskablePPO:
 
 def network(model: MaskablePPO, env: CourseEnv) -> Network:
     """What decides, without the learner."""
-    policy = model.policy
+    policy: Any = model.policy
 
     def array(x: Tensor) -> NDArray[np.float32]:
         return x.detach().cpu().numpy().astype(np.float32)
