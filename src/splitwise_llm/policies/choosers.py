@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,9 @@ from splitwise_llm.errors import RequestError
 from splitwise_llm.lyapunov import Budgets, Penalty
 from splitwise_llm.observation import Chooser, Menu, Observation, Policy, Tools
 from splitwise_llm.policies import find_policy
+from splitwise_llm.policies.layer_chooser import LayerChooser
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
+from splitwise_llm.policies.per_layer import PerLayer
 from splitwise_llm.policies.planners import EDGESHARD_REPLANNED, Planner, Pressure, When, typical
 
 Floats = NDArray[np.float64]
@@ -212,4 +215,6 @@ def find_chooser(
     if isinstance(policy, Planner):
         budgets = budgets or Budgets()
         return TableChooser(policy, tools, limits, budgets, v, arrivals_per_s, wait_term)
+    if isinstance(policy, PerLayer):
+        return LayerChooser(policy, partial(uses, tools), limits, arrivals_per_s)
     return Fixed.of(policy, tools, limits)
