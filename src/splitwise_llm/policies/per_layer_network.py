@@ -7,7 +7,8 @@ for decoding alike.
 
 A sigmoid per group cannot make groups agree, and a layer whose groups disagree costs an exchange per token: with 32
 groups at random nearly every layer is shared. So each half begins by doing what the half before it did (`copy`), and
-where the model changes machines is what is explored; the first choice of all, the embedding's, is even.
+where the model changes machines is what is explored; the first choice of all, the embedding's, is even. Without
+it plans cost e^4.8 times the best plain one after 45 updates of learning, as after 5; with it e^0.1 after 50.
 """
 
 from __future__ import annotations
