@@ -21,7 +21,16 @@ from splitwise_llm.policies.guided import Guide
 from splitwise_llm.policies.menus import menu
 from splitwise_llm.policies.objective import DriftPlusPenalty, Objective
 from splitwise_llm.policies.planners import PLANNERS, typical
-from splitwise_llm.sim.params import CloudClass, CloudProcess, LinkClass, LinkProcess, Params, Seeing, SharedCloud
+from splitwise_llm.sim.params import (
+    NEVER_S,
+    CloudClass,
+    CloudProcess,
+    LinkClass,
+    LinkProcess,
+    Params,
+    Seeing,
+    SharedCloud,
+)
 from splitwise_llm.sim.scenarios import (
     AGX,
     ALWAYS_BUSY,
@@ -144,7 +153,7 @@ def _made(
     mine, _ = typical(first.world, first.bills[0].job, tools, scenario.limits, arrivals)
     energy = w_energy * mine.e_ref_j / mine.t_ref_s
     penalty = Penalty(mine.t_ref_s, mine.e_ref_j, w_energy=energy)
-    params = replace(params, penalty=penalty)
+    params = replace(params, penalty=penalty, sample_s=NEVER_S)  # nobody reads samples
     guide = Guide(tools, scenario.limits, budgets, 1.0, arrivals, w_energy=w_energy)
     name = f"{scenario.name}.{case.name}" + (f"x{scenario.num_devices}" if scenario.num_devices > 1 else "")
     return Course(name, params, guide)

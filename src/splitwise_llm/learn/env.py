@@ -133,7 +133,7 @@ class _Class:
         reward = -passed.cost
         for world in range(self.worlds):
             twin = self.twins[self.which[world]]
-            later = np.inf if over[world] else float(end[world])
+            later = float(end[world])
             waited = (twin.total if over[world] else twin.waited(later)) - twin.waited(float(begin[world]))
             reward[world] += waited / penalty.t_ref_s
             if penalty.w_energy:
