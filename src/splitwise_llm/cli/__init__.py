@@ -18,6 +18,7 @@ from splitwise_llm.cli import (
     simulate,
     stability,
     survival,
+    train,
     yardsticks,
 )
 from splitwise_llm.cli.options import app
@@ -38,6 +39,7 @@ __all__ = [
     "simulate",
     "stability",
     "survival",
+    "train",
     "yardsticks",
 ]
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,22 @@ def network(model: MaskablePPO, env: CourseEnv) -> Network:
     )  # fmt: skip
 
 
+def begin_at(model: MaskablePPO, start: Network) -> None:
+    """Give the learner's actor weights that there are; what they are worth it learns anew."""
+    policy: Any = model.policy
+    gru, layers, head = policy.features_extractor.gru, policy.mlp_extractor.policy_net, policy.action_net
+    pairs = (
+        (gru.weight_ih_l0, start.gru_input), (gru.weight_hh_l0, start.gru_hidden),
+        (gru.bias_ih_l0, start.gru_input_bias), (gru.bias_hh_l0, start.gru_hidden_bias),
+        (layers[0].weight, start.first), (layers[0].bias, start.first_bias),
+        (layers[2].weight, start.second), (layers[2].bias, start.second_bias),
+        (head.weight, start.heads), (head.bias, start.heads_bias),
+    )  # fmt: skip
+    with torch.no_grad():
+        for mine, theirs in pairs:
+            mine.copy_(torch.as_tensor(theirs))
+
+
 class Validation:
     """Courses set apart, and what exact drift plus penalty costs on them."""
 
@@ -227,8 +243,11 @@ class Validation:
         return [course.name for course, _, _ in self._cases]
 
 
-def train(config: Config, folder: Path, tell: Tell, *, more: list[Course] | None = None) -> Path:
-    """Learn, or go on learning what `folder` holds; the file of the best weights. `more` courses are learned in, too.
+def train(
+    config: Config, folder: Path, tell: Tell, *, start: Network | None = None, more: Sequence[Course] = ()
+) -> Path:
+    """Learn, or go on learning what `folder` holds; the file of the best weights. `start` are weights to begin at in
+    place of neutral knobs, `more` are courses to learn in beside those that are drawn.
 
     Raises SpecError where the folder holds another run.
     """
@@ -237,10 +256,13 @@ def train(config: Config, folder: Path, tell: Tell, *, more: list[Course] | None
     folder.mkdir(parents=True, exist_ok=True)
     state = _state(config, folder)
     tell(f"{config.courses} courses are drawn")
-    env = CourseEnv([*courses(TRAIN.seed + config.seed, config.courses), *(more or [])], config.worlds, config.seed,
-                    config.requests)  # fmt: skip
+    drawn = courses(TRAIN.seed + config.seed, config.courses)
+    env = CourseEnv([*drawn, *more], config.worlds, config.seed, config.requests)
     validation = Validation(config)
     model = learner(config, env)
+    if start is not None:
+        begin_at(model, start)
+        env.low, env.high = start.low.copy(), start.high.copy()
     if (folder / "learner.zip").exists():
         model.set_parameters(str(folder / "learner.zip"), device="cpu")
         with np.load(folder / "range.npz") as kept:
