@@ -17,26 +17,24 @@ def train(
     folder: Annotated[Path, typer.Option("--out", help="For weights, curves and checkpoints.")] = Path("training"),
     seed: Annotated[int | None, typer.Option(min=0, max=2**20, help="In place of the configuration's.")] = None,
     start: Annotated[Path | None, typer.Option(help="Weights to begin at; default: neutral knobs.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="For the network; worlds are simulated on one.")] = None,
+    processes: Annotated[int, typer.Option(min=1, max=64, help="That simulate; the weights are the same.")] = 1,
+    device: Annotated[str, typer.Option(help="Where the network learns: cpu or cuda.")] = "cpu",
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where the folder holds a run.")] = False,
 ) -> None:
-    """Train the policy `splitwise`; stopped, it goes on where it was. `tensorboard --logdir DIR/curves` shows curves."""
+    """Train the policy `splitwise`; stopped, it goes on where it was. Curves: `tensorboard --logdir DIR/curves`."""
     try:
         from splitwise_llm.learn.train import read_config
         from splitwise_llm.learn.train import train as learn
     except ImportError as error:
         raise SpecError(f"training needs {error.name}: pip install sb3-contrib==2.9.2 tensorboard") from error
-    from dataclasses import replace
-
     from splitwise_llm.policies.network import Network
 
     chosen = read_config(config, seed)
-    if threads is not None:
-        chosen = replace(chosen, threads=threads)
     if fresh:
         for name in ("state.json", "learner.zip", "range.npz", "splitwise.npz"):
             (folder / name).unlink(missing_ok=True)
-    weights = learn(chosen, folder, tell, start=Network.load(start) if start else None)
+    given = Network.load(start) if start else None
+    weights = learn(chosen, folder, tell, start=given, processes=processes, device=device)
     out.print(f"weights: {weights}; curves: tensorboard --logdir {folder / 'curves'}", markup=False)
 
 

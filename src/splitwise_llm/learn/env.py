@@ -172,24 +172,17 @@ class _Class:
         self._over, self._count = np.zeros(NUM_VIRTUAL), 0
 
 
-class CourseEnv(VecEnv):
-    """All courses side by side, `worlds` of each, as an environment of stable-baselines3."""
+class Learnable(VecEnv):
+    """What a masked learner needs of an environment, whoever simulates it."""
 
-    def __init__(self, courses: Sequence[Course], worlds: int, seed: int, requests: int = 40, pool: int = 0) -> None:
-        pool = max(pool, worlds)
-        self._classes = [
-            _Class(course, TRAIN.seed + 7919 * seed + n, worlds, pool, max(requests // course.params.num_devices, 6))
-            for n, course in enumerate(courses)
-        ]
-        self._worlds = worlds
-        count = worlds * len(courses)
+    def __init__(self, count: int) -> None:
         self._seen = np.zeros((count, TOTAL), np.float32)
         self._masks = np.ones((count, sum(SIZES)), np.bool_)
-        self._potential = np.zeros(count)
         self._actions: Ints = np.zeros((count, len(SIZES)), np.int64)
         self.discounts = np.ones(count, np.float32)
         """(environments,): e^(-beta tau) of the latest step."""
         self.decisions = self.kept = 0
+        """So far; and how many of them the filter replaced."""
         self.low, self.high = np.full(COUNT, np.inf, np.float32), np.full(COUNT, -np.inf, np.float32)
         """Smallest and largest value of each feature so far."""
         self.render_mode = None
@@ -197,45 +190,13 @@ class CourseEnv(VecEnv):
             count, gymnasium.spaces.Box(-1.0, 1.0, (TOTAL,), np.float32), gymnasium.spaces.MultiDiscrete(list(SIZES))
         )
 
-    def _parts(self) -> list[tuple[_Class, slice]]:
-        w = self._worlds
-        return [(one, slice(n * w, (n + 1) * w)) for n, one in enumerate(self._classes)]
-
-    def _observe(self) -> None:
-        for one, at in self._parts():
-            one.observe(self._seen[at], self._masks[at], self._potential[at])
-        plain = self._seen[:, :COUNT]
-        np.minimum(self.low, plain.min(axis=0), out=self.low)
-        np.maximum(self.high, plain.max(axis=0), out=self.high)
-
-    def reset(self) -> NDArray[np.float32]:
-        """What every world asks now; worlds go on where they are."""
-        self._observe()
-        return self._seen.copy()
-
-    def step_async(self, actions: NDArray[Any]) -> None:
-        self._actions = np.asarray(actions, np.int64)
-
-    def step_wait(self) -> Any:
-        reward, over = np.zeros(self.num_envs), np.zeros(self.num_envs, np.bool_)
-        before = self._potential.copy()
-        for one, at in self._parts():
-            reward[at], tau, over[at], kept = one.act(self._actions[at])
-            self.discounts[at] = np.exp(-BETA_PER_S * tau)
-            self.kept += kept
-        self.decisions += self.num_envs
-        self._observe()
-        reward += np.where(over, 0.0, self.discounts * self._potential) - before
-        return self._seen.copy(), reward.astype(np.float32), over, [{} for _ in range(self.num_envs)]
-
     def gains(self) -> list[float]:
         """Of each course: reference times saved per request, mean over the worlds that have ended since the last
         call; NaN without any."""
-        result = [float(np.mean(one.gained)) if one.gained else float("nan") for one in self._classes]
-        for one in self._classes:
-            one.gained.clear()
-            one.raise_prices()
-        return result
+        raise NotImplementedError
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        self._actions = np.asarray(actions, np.int64)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -259,4 +220,61 @@ class CourseEnv(VecEnv):
         return self._masks.copy()
 
 
-__all__ = ["CourseEnv", "Twin"]
+class CourseEnv(Learnable):
+    """All courses side by side, `worlds` of each, as an environment of stable-baselines3."""
+
+    def __init__(
+        self, courses: Sequence[Course], worlds: int, seed: int, requests: int = 40, pool: int = 0,
+        numbers: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """`numbers` of courses say which traces they draw; None: as they stand."""
+        super().__init__(worlds * len(courses))
+        pool = max(pool, worlds)
+        self._classes = [
+            _Class(course, TRAIN.seed + 7919 * seed + n, worlds, pool, max(requests // course.params.num_devices, 6))
+            for n, course in zip(numbers or range(len(courses)), courses, strict=True)
+        ]
+        self._worlds = worlds
+        self._potential = np.zeros(self.num_envs)
+
+    def _parts(self) -> list[tuple[_Class, slice]]:
+        w = self._worlds
+        return [(one, slice(n * w, (n + 1) * w)) for n, one in enumerate(self._classes)]
+
+    def _observe(self) -> None:
+        for one, at in self._parts():
+            one.observe(self._seen[at], self._masks[at], self._potential[at])
+        plain = self._seen[:, :COUNT]
+        self.low, self.high = np.minimum(self.low, plain.min(axis=0)), np.maximum(self.high, plain.max(axis=0))
+
+    def reset(self) -> NDArray[np.float32]:
+        """What every world asks now; worlds go on where they are."""
+        self._observe()
+        return self._seen.copy()
+
+    def play(self, actions: Ints) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+        """What is asked next, rewards, and whether worlds have ended."""
+        reward, over = np.zeros(self.num_envs), np.zeros(self.num_envs, np.bool_)
+        before = self._potential.copy()
+        for one, at in self._parts():
+            reward[at], tau, over[at], kept = one.act(actions[at])
+            self.discounts[at] = np.exp(-BETA_PER_S * tau)
+            self.kept += kept
+        self.decisions += self.num_envs
+        self._observe()
+        reward += np.where(over, 0.0, self.discounts * self._potential) - before
+        return self._seen.copy(), reward.astype(np.float32), over
+
+    def step_wait(self) -> Any:
+        return *self.play(self._actions), [{} for _ in range(self.num_envs)]
+
+    def gains(self) -> list[float]:
+        """As in `Learnable`; prices of budgets go one step on, too."""
+        result = [float(np.mean(one.gained)) if one.gained else float("nan") for one in self._classes]
+        for one in self._classes:
+            one.gained.clear()
+            one.raise_prices()
+        return result
+
+
+__all__ = ["CourseEnv", "Learnable", "Twin"]

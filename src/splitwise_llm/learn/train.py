@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from splitwise_llm.errors import SpecError
 from splitwise_llm.learn.courses import Course, courses
-from splitwise_llm.learn.env import CourseEnv
+from splitwise_llm.learn.env import CourseEnv, Learnable
+from splitwise_llm.learn.parallel import ParallelEnv
 from splitwise_llm.observation import EPOCHS, SEEN
 from splitwise_llm.policies.features import COUNT
 from splitwise_llm.policies.guided import Constant
@@ -65,22 +66,21 @@ class Config:
     """Of each world between two updates."""
     minibatch: int = 2048
     epochs: int = 4
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     clip: float = 0.2
     gae: float = 0.95
-    entropy: float = 0.002
+    entropy: float = 0.001
     hidden: int = 16
     width: int = 64
-    boldness: float = 3.0
-    """Logit that neutral values have over the others in the beginning: 3 leaves a knob alone in 4 to 6 of 7 cases."""
+    boldness: float = 1.5
+    """Logit that neutral values have over the others in the beginning: the larger, the more knobs are left alone."""
     validate_every: int = 8
     """Updates."""
     validation: int = 10
     """Courses set apart."""
-    threads: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.courses, self.worlds, self.steps, self.validate_every, self.validation, self.threads) < 1:
+        if min(self.courses, self.worlds, self.steps, self.validate_every, self.validation) < 1:
             raise SpecError(f"every count of a training configuration is 1 or more: {self}")
 
     @property
@@ -128,7 +128,7 @@ class Reader(BaseFeaturesExtractor):
 class Buffer(MaskableRolloutBuffer):
     """Advantages where each step has its own discount; `env` knows that of the latest."""
 
-    env: CourseEnv
+    env: Learnable
 
     def reset(self) -> None:
         super().reset()
@@ -151,7 +151,7 @@ class Buffer(MaskableRolloutBuffer):
         self.returns = self.advantages + self.values
 
 
-def learner(config: Config, env: CourseEnv) -> MaskablePPO:
+def learner(config: Config, env: Learnable, device: str = "cpu") -> MaskablePPO:
     """At neutral knobs."""
     model = MaskablePPO(
         "MlpPolicy",
@@ -164,7 +164,7 @@ def learner(config: Config, env: CourseEnv) -> MaskablePPO:
         clip_range=config.clip,
         ent_coef=config.entropy,
         seed=config.seed,
-        device="cpu",
+        device=device,
         policy_kwargs={
             "features_extractor_class": Reader,
             "features_extractor_kwargs": {"hidden": config.hidden},
@@ -178,13 +178,13 @@ def learner(config: Config, env: CourseEnv) -> MaskablePPO:
         head.bias.zero_()
         at = np.cumsum([0, *SIZES[:-1]]) + np.array(NEUTRAL)
         head.bias[torch.as_tensor(at)] = config.boldness
-    buffer = Buffer(config.steps, env.observation_space, env.action_space, "cpu", config.gae, 1.0, env.num_envs)
+    buffer = Buffer(config.steps, env.observation_space, env.action_space, device, config.gae, 1.0, env.num_envs)
     buffer.env = env
     model.rollout_buffer = buffer
     return model
 
 
-def network(model: MaskablePPO, env: CourseEnv) -> Network:
+def network(model: MaskablePPO, env: Learnable) -> Network:
     """What decides, without the learner."""
     policy: Any = model.policy
 
@@ -244,27 +244,30 @@ class Validation:
 
 
 def train(
-    config: Config, folder: Path, tell: Tell, *, start: Network | None = None, more: Sequence[Course] = ()
-) -> Path:
+    config: Config, folder: Path, tell: Tell, *, start: Network | None = None, more: Sequence[Course] = (),
+    processes: int = 1, device: str = "cpu",
+) -> Path:  # fmt: skip
     """Learn, or go on learning what `folder` holds; the file of the best weights. `start` are weights to begin at in
-    place of neutral knobs, `more` are courses to learn in beside those that are drawn.
+    place of neutral knobs, `more` are courses to learn in beside those that are drawn; so many `processes`
+    simulate, and the network learns on `device`.
 
     Raises SpecError where the folder holds another run.
     """
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(1)  # other numbers sum in another order, and two are no faster for so small a network
     torch.manual_seed(config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     state = _state(config, folder)
     tell(f"{config.courses} courses are drawn")
     drawn = courses(TRAIN.seed + config.seed, config.courses)
-    env = CourseEnv([*drawn, *more], config.worlds, config.seed, config.requests)
+    given = ([*drawn, *more], config.worlds, config.seed, config.requests)
+    env = ParallelEnv(*given, processes) if processes > 1 else CourseEnv(*given)
     validation = Validation(config)
-    model = learner(config, env)
+    model = learner(config, env, device)
     if start is not None:
         begin_at(model, start)
         env.low, env.high = start.low.copy(), start.high.copy()
     if (folder / "learner.zip").exists():
-        model.set_parameters(str(folder / "learner.zip"), device="cpu")
+        model.set_parameters(str(folder / "learner.zip"), device=device)
         with np.load(folder / "range.npz") as kept:
             env.low, env.high = kept["low"], kept["high"]
         tell(f"going on after {state['updates']} of {config.updates} updates")
@@ -299,6 +302,7 @@ def train(
                 f"apart (best {100 * state['best']:+.2f} %), {pace * (config.updates - update - 1):.0f} s to go"
             )
         model.logger.dump((update + 1) * config.steps * env.num_envs)
+    env.close()
     if not (folder / "splitwise.npz").exists():
         network(model, env).save(folder / "splitwise.npz")
     return folder / "splitwise.npz"
@@ -319,13 +323,12 @@ def _logger(folder: Path) -> Logger:
     return configure(str(folder / "curves"), ["tensorboard", "csv"])
 
 
-def _note(logger: Logger, env: CourseEnv, model: MaskablePPO, update: int) -> None:
+def _note(logger: Logger, env: Learnable, model: MaskablePPO, update: int) -> None:
     gains = np.array(env.gains())
     if np.isfinite(gains).any():
         logger.record("train/saved_per_request", float(np.nanmean(gains)))
-    logger.record("train/filtered_share", env.kept / max(env.decisions, 1))
+    logger.record("train/filtered_share", env.kept / max(env.decisions, 1))  # of all so far
     logger.record("train/mean_reward", float(model.rollout_buffer.rewards.mean()))
-    env.kept = env.decisions = 0
     logger.record("train/updates", update + 1)
 
 
