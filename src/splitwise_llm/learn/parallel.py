@@ -14,13 +14,13 @@ from splitwise_llm.errors import BrokenInvariant
 from splitwise_llm.learn.courses import Course
 from splitwise_llm.learn.env import CourseEnv, Learnable
 
-START_S = 600.0
-"""What making the courses may take."""
 
-
-def _serve(pipe: Connection, numbered: Sequence[tuple[int, Course]], args: tuple[Any, ...]) -> None:
+def _serve(
+    pipe: Connection, numbered: Sequence[tuple[int, Course]], worlds: int, seed: int, requests: int, pool: int
+) -> None:
     """Until the pipe closes: answer each call of a method with what it returned, and what all look at."""
-    env = CourseEnv([course for _, course in numbered], *args, numbers=[number for number, _ in numbered])
+    numbers = [number for number, _ in numbered]
+    env = CourseEnv([course for _, course in numbered], worlds, seed, requests, pool, numbers)
     while True:
         try:
             name, given = pipe.recv()
@@ -48,7 +48,7 @@ class ParallelEnv(Learnable):
         self._pipes, self._processes = [], []
         for first in range(len(self._mine)):
             ours, theirs = context.Pipe()
-            args = (theirs, numbered[first::processes], (worlds, seed, requests, pool))
+            args = (theirs, numbered[first::processes], worlds, seed, requests, pool)
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
@@ -57,8 +57,8 @@ class ParallelEnv(Learnable):
 
     def _call(self, name: str, given: Sequence[tuple[Any, ...]]) -> list[Any]:
         """A method of every part, with what each is given; raises BrokenInvariant where a process has died."""
-        for pipe, mine in zip(self._pipes, given, strict=True):
-            pipe.send((name, mine))
+        for pipe, what in zip(self._pipes, given, strict=True):
+            pipe.send((name, what))
         results = []
         self.decisions = self.kept = 0
         for pipe, mine in zip(self._pipes, self._mine, strict=True):
