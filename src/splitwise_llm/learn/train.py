@@ -303,6 +303,7 @@ def train(
             )
         model.logger.dump((update + 1) * config.steps * env.num_envs)
     env.close()
+    model.logger.close()
     if not (folder / "splitwise.npz").exists():
         network(model, env).save(folder / "splitwise.npz")
     return folder / "splitwise.npz"
