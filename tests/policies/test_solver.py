@@ -76,7 +76,7 @@ def test_the_search_finds_what_the_enumeration_of_all_assignments_finds(first: i
 @pytest.mark.parametrize("first", range(0, 60, 20))
 def test_what_the_search_counts_for_an_assignment_is_what_its_bill_says(first: int) -> None:
     """Killed in assignments.py by: `held = machines[:1]` in `_close` (the stream goes back to the first machine);
-    `v[number] += min(ends)`; no `self._visit` of a fresh serial stage; `seconds = 0.0` in `_finish`."""
+    `v[number] += min(ends)`; no `self._visit` of a fresh serial stage; `seconds = 0.0` in `finish`."""
     for seed in range(first, first + 20):
         given = instance(seed, SIZES)
         world, job = given.world, given.job
