@@ -34,7 +34,6 @@ def price(state: State, proposal: Proposal) -> float:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_answer_is_admissible_and_worth_what_it_says_whatever_the_weights(seed: int) -> None:
-    """Killed in low_level.py by pricing without asking for an obstacle."""
     for number in range(15):
         state = random_state(100 * seed + number, Spread(menus=0.2))
         level = Learned(Proposer(Weights.random(number)), exact=Refuses())
@@ -117,6 +116,14 @@ def test_a_menu_of_tools_is_worth_no_less_than_its_first_entries() -> None:
         assert some.value == pytest.approx(price(state, some), rel=1e-9)
         better += some.value < first.value * (1 - 1e-9)
     assert better
+
+
+def test_a_cut_is_moved_by_half_a_layer_where_that_is_better() -> None:
+    """Killed in low_level.py by an empty range of cuts."""
+    for seed in (16, 21, 23):
+        state = random_state(seed, Spread(machines=(2,), tight=1.0))
+        decision = asked(Learned(Proposer(Weights.random(0)), exact=Refuses()), state).decision
+        assert any(set(layer.groups) != set(layer.shards) for layer in decision.partition.layers)
 
 
 def test_a_floor_keeps_its_layers_on_the_device() -> None:

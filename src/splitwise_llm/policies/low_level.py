@@ -82,7 +82,8 @@ class Count:
 class Learned:
     """`width` sequences of runs proposed by the network, at most `alike` of them over the same seats in the same order,
     each with every place of embedding and head. Of the best `polished` orders among them the ends of runs are moved to
-    where sums are least; the best `priced` of them are priced exactly. Where there is a choice of tools, the best plan
+    where sums are least; the best `priced` of them are priced exactly, and of the best the cuts are moved by half a
+    layer. Where there is a choice of tools, the best plan
     under the first is driven in every way, one tool at a time, and plans are proposed once more under what is best for
     it."""
 
@@ -161,6 +162,9 @@ class Learned:
             if value == float("inf") or (found and not is_less(value, min(one.value for one in found))):
                 break
             found += priced([sheet.decision(plan)], world, job, limits, conditions, objective)
+        if found:
+            best_found = min(found, key=lambda one: one.value)
+            found.append(by_halves(best_found, world, job, limits, conditions, objective))
         return found
 
 
@@ -191,6 +195,24 @@ def priced(
         return []
     values = objective.value(Table(world, [bill(world, one, job) for one in allowed]).at(conditions))
     return [Proposal(one, float(value)) for one, value in zip(allowed, values, strict=True)]
+
+
+def by_halves(
+    best: Proposal, world: World, job: Job, limits: Limits, conditions: Form, objective: Objective
+) -> Proposal:
+    """The same plan with cuts moved by half a layer where that is better: the FFN before a cut goes with the layers
+    behind it, or the attention behind it with those before."""
+    for cut in range(1, world.spec.num_layers):
+        layers = best.decision.partition.layers
+        before, after = layers[cut - 1], layers[cut]
+        if before == after or before.is_shared or after.is_shared:
+            continue
+        others = []
+        for at, moved in ((cut - 1, replace(before, shards=after.shards)), (cut, replace(after, groups=before.groups))):
+            partition = replace(best.decision.partition, layers=(*layers[:at], moved, *layers[at + 1 :]))
+            others.append(replace(best.decision, partition=partition))
+        best = min([best, *priced(others, world, job, limits, conditions, objective)], key=lambda one: one.value)
+    return best
 
 
 def driven(

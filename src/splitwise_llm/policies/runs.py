@@ -100,7 +100,7 @@ class Sheet:
         self._rows = [self._row(seat) for seat in self.seats]
         self.layer = np.stack([row.layer for row in self._rows])  # (seats, size)
         self.nats = np.stack([row.nats for row in self._rows])  # (seats, layers + 1), cumulated
-        self._boundary = np.array(world.accuracy.wire_by_boundary(way[0], spec.num_layers))
+        self.wire_nats = np.array(world.accuracy.wire_by_boundary(way[0], spec.num_layers))
         pairs = [(p, s) for p in range(self.num_seats) for s in range(self.num_seats) if p != s]
         self.enter = np.zeros((self.num_seats, self.num_seats, self.size))
         self.hop_nats = np.zeros((self.num_seats, self.num_seats))
@@ -211,7 +211,7 @@ class Sheet:
         key = (seat, embed, loops)
         if key not in self._starts:
             v = self._first(None, self.seats[seat], embed, embed if loops else -1)[0].copy()
-            v[-1] += crossings(None, self.seats[seat].groups, embed) * self._boundary[0]
+            v[-1] += crossings(None, self.seats[seat].groups, embed) * self.wire_nats[0]
             self._drafting(v, embed)
             self._starts[key] = v
         return self._starts[key]
@@ -232,7 +232,7 @@ class Sheet:
             end = self._rows[seat].end
             v = self.search.finish(end, embed, head).copy()
             whole = tuple(int(m == head) for m in range(len(self.world.hosts)))
-            v[-1] += crossings(end, whole, head) * self._boundary[-1]
+            v[-1] += crossings(end, whole, head) * self.wire_nats[-1]
             self._ends[key] = v
         return self._ends[key]
 
@@ -248,7 +248,7 @@ class Sheet:
         labels = fixed + (lengths - 1) @ self.layer[order]
         labels[:, -1] += (self.nats[order, ends] - self.nats[order, starts]).sum(axis=1)
         for number, pair in enumerate(pairwise(order)):
-            labels[:, -1] += self.hop_nats[pair] * self._boundary[2 * ends[:, number]]
+            labels[:, -1] += self.hop_nats[pair] * self.wire_nats[2 * ends[:, number]]
         used: Bools = np.any(self.uses[order], axis=0)
         used[[embed, head]] = True
         besides = np.array([self.tables[m, int(embed == m), int(head == m)] for m in range(len(used))])
