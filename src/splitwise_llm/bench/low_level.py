@@ -2,7 +2,8 @@
 
 States are random and never seen in training. Three yardsticks: the exact search as it is used (for three or more
 machines and a large model it says of itself that it is not exact), the best of all plans of at most three runs of
-layers, and the best that anyone here has found. Beside the network stand an untrained one, and a rule without one.
+layers, and the best that anyone here has found. In the network's
+place stand an untrained one and a rule without one, all else the same.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from splitwise_llm.errors import RequestError
 from splitwise_llm.learn.few_runs import best_of_few_runs, is_quick
 from splitwise_llm.learn.low_level import TEST_SEEDS, lesson_of
 from splitwise_llm.learn.states import DEFAULT, Spread, State, random_state
-from splitwise_llm.policies.low_level import Learned, shipped
-from splitwise_llm.policies.proposer import Proposer, Spans, Weights, settled
-from splitwise_llm.policies.runs import Sheet
+from splitwise_llm.policies.low_level import Count, Exact, Learned, LowLevel, Proposal, shipped
+from splitwise_llm.policies.proposer import Proposer, Weights
 from splitwise_llm.policies.solver import Solver
 
 Tell = Callable[[str], None]
@@ -75,10 +75,7 @@ def _ask(state: State, learned: Learned, tally: _Tally, first: int) -> None:
 
     def ask_learned() -> None:
         begin = time.perf_counter()
-        try:
-            values["learned"] = learned.propose(*question, state.conditions, state.objective).value
-        except RequestError:
-            values["learned"] = np.inf
+        values["learned"] = _value(learned, state)
         tally.learned_s.append(time.perf_counter() - begin)
 
     def ask_exact() -> None:
@@ -108,16 +105,29 @@ def _ask(state: State, learned: Learned, tally: _Tally, first: int) -> None:
     tally.learned.append(values["learned"])
     tally.exact.append(values["exact"])
     tally.few.append(few)
-    tally.untrained.append(_best(sheet, Proposer(Weights.random(1)).paths(lesson.prospect, learned.width)))
-    tally.rule.append(_best(sheet, Proposer(_Rule()).paths(lesson.prospect, learned.width)))  # type: ignore[arg-type]
+    for others, weights in ((tally.untrained, Weights.random(1)), (tally.rule, _Rule())):
+        other = replace(learned, proposer=Proposer(weights), exact=_Nobody(), count=Count())
+        others.append(_value(other, state))
 
 
-def _best(sheet: Sheet, paths: Sequence[Spans]) -> float:
-    return float(settled(sheet, paths)[0].min(initial=np.inf)) if paths else np.inf
+def _value(level: LowLevel, state: State) -> float:
+    """What a level answers is worth; inf where it answers nothing."""
+    try:
+        found = level.propose(state.world, state.job, state.tools, state.limits, state.conditions, state.objective)
+    except RequestError:
+        return np.inf
+    return found.value
+
+
+class _Nobody(Exact):
+    """No fallback, so that only the proposals count."""
+
+    def propose(self, *_: object) -> Proposal:
+        raise RequestError("nothing was proposed that is admissible")
 
 
 class _Rule:
-    """No network: a candidate is as good as its linear price with the best single run that may follow."""
+    """In the place of weights: a candidate is as good as its linear price with the best single run that may follow."""
 
     def scores(self, features: NDArray[np.float32], starts: NDArray[np.int64]) -> NDArray[np.float32]:
         return -10 * features[:, 4]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import product
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -393,10 +393,18 @@ def _features(
     return np.stack([np.asarray(column, float) for column in columns], axis=1)
 
 
+class Scorer(Protocol):
+    """Who ranks candidates; `Weights` do."""
+
+    def scores(self, features: Floats32, starts: Ints) -> Floats32:
+        """(candidates,): logits of candidates (candidates, features) whose nodes begin at `starts` (nodes,)."""
+        ...
+
+
 class Proposer:
     """The network with its weights."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Scorer) -> None:
         self.weights = weights
 
     def paths(self, prospect: Prospect, width: int, alike: int | None = None) -> list[Spans]:
