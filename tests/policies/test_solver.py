@@ -76,7 +76,7 @@ def test_the_search_finds_what_the_enumeration_of_all_assignments_finds(first: i
 @pytest.mark.parametrize("first", range(0, 60, 20))
 def test_what_the_search_counts_for_an_assignment_is_what_its_bill_says(first: int) -> None:
     """Killed in assignments.py by: `held = machines[:1]` in `_close` (the stream goes back to the first machine);
-    `v[number] += min(ends)`; no `self._visit` of a fresh serial stage; `seconds = 0.0` in `_finish`."""
+    `v[number] += min(ends)`; no `self._visit` of a fresh serial stage; `seconds = 0.0` in `finish`."""
     for seed in range(first, first + 20):
         given = instance(seed, SIZES)
         world, job = given.world, given.job
@@ -96,14 +96,14 @@ def test_what_the_search_counts_for_an_assignment_is_what_its_bill_says(first: i
 
 def _walked(search: Search, partition: Partition) -> np.ndarray:  # type: ignore[type-arg]
     """The label that the search gives to an assignment."""
-    label, end = np.zeros(search._size), None
+    label, end = np.zeros(search.size), None
     for half in range(2 * len(partition.layers)):
         owners = partition.owners(half)
         counts = tuple(owners.count(machine) for machine in range(len(search.world.hosts)))
-        added, end = search._step(half, end, counts, partition.embed, partition.head)
+        added, end = search.step(half, end, counts, partition.embed, partition.head)
         label = label + added
     assert end
-    return label + search._finish(end, partition.embed, partition.head)
+    return label + search.finish(end, partition.embed, partition.head)
 
 
 def test_a_plan_that_waits_for_no_admission_is_kept_beside_a_faster_one_that_waits() -> None:

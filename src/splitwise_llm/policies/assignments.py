@@ -30,7 +30,7 @@ Counts = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _End:
+class End:
     """How a partial assignment ends: the last half, and, where it is shared, who held the stream before it, on which
     single machine the stage before it ran, and which of two clocks was ahead (see `cost.bill.Lead`)."""
 
@@ -86,12 +86,12 @@ class Search:
         self.steps = [plan.step(index, job.prompt_tokens) for index in range(chunks)]
         self.steps.append(Step(chunks, job.mean_context - 1, draft + 1, emits=True, is_prefill=False))
         self.lanes = sorted({(a, b) for pair in world.links for a, b in (pair, pair[::-1])})
-        self._cache: dict[tuple[int, _End | None, Counts, int, int], tuple[Floats, _End]] = {}
+        self._cache: dict[tuple[int, End | None, Counts, int, int], tuple[Floats, End]] = {}
 
     # A label: [critical s per step | busy s per machine and step kind | bytes per lane and kind | units | nats]
 
     @cached_property
-    def _at(self) -> dict[str, slice]:
+    def at(self) -> dict[str, slice]:
         sizes = {
             "critical": len(self.steps),
             "busy": 2 * len(self.world.hosts),
@@ -103,10 +103,10 @@ class Search:
         return {name: slice(starts[n], starts[n + 1]) for n, name in enumerate(sizes)}
 
     def _start(self, name: str) -> int:
-        return int(self._at[name].start)
+        return int(self.at[name].start)
 
     @property
-    def _size(self) -> int:
+    def size(self) -> int:
         return self._start("nats") + 1
 
     def _seconds(self, machine: int, part: Part, units: int, step: Step) -> float:
@@ -141,7 +141,7 @@ class Search:
     def _payload(self, step: Step) -> float:
         return self.tools[0].payload_bytes(step.count, self.world.spec.d_model)
 
-    def _close(self, v: Floats, end: _End, part: Part, following: Sequence[int], head_only: bool) -> tuple[int, ...]:
+    def _close(self, v: Floats, end: End, part: Part, following: Sequence[int], head_only: bool) -> tuple[int, ...]:
         """Add what the last half, if shared, and the way to the next machines cost; who holds the stream then."""
         machines = end.machines
         shared = len(machines) > 1
@@ -197,20 +197,20 @@ class Search:
     @cached_property
     def _arrival(self) -> dict[tuple[int, int, int], float]:
         """Seconds until the stream of a step is at another machine."""
-        uncounted = np.zeros(self._size)
+        uncounted = np.zeros(self.size)
         return {
             (number, a, b): self._cross(uncounted, a, b, number, self._payload(step))
             for number, step in enumerate(self.steps)
             for a, b in permutations(range(len(self.world.hosts)), 2)
         }
 
-    def _step(self, half: int, end: _End | None, counts: Counts, embed: int, head: int) -> tuple[Floats, _End]:
+    def step(self, half: int, end: End | None, counts: Counts, embed: int, head: int) -> tuple[Floats, End]:
         """What one more half adds after an end (None: after the embedding), and the new end."""
         part = Part.FFN if half % 2 else Part.ATTENTION
         key = (half % 2, end, counts, embed, head) if end is None else (half % 2, end, counts, -1, -1)
         if key in self._cache:
             return self._cache[key]
-        v = np.zeros(self._size)
+        v = np.zeros(self.size)
         following = [machine for machine, units in enumerate(counts) if units]
         alone = len(following) == 1
         if end is None:
@@ -222,7 +222,7 @@ class Search:
                 waited = step.is_prefill or not loops
                 stage_s = self.world.hosts[embed].stage_s(step.count, rested=waited, is_prefill=step.is_prefill)
                 v[number] += self._work(v, embed, number, stage_s)
-            previous = _End(tuple(int(m == embed) for m in range(len(self.world.hosts))))
+            previous = End(tuple(int(m == embed) for m in range(len(self.world.hosts))))
         else:
             previous = end
         other = Part.ATTENTION if part is Part.FFN else Part.FFN
@@ -240,16 +240,16 @@ class Search:
             v[self._start("units") + 2 * machine + half % 2] += counts[machine]
         before = previous.machines
         new = (
-            _End(counts)
+            End(counts)
             if alone
-            else _End(counts, held, before[0] if len(before) == 1 else None, _ahead(previous, held, tuple(following)))
+            else End(counts, held, before[0] if len(before) == 1 else None, _ahead(previous, held, tuple(following)))
         )
         self._cache[key] = (v, new)
         return v, new
 
-    def _finish(self, end: _End, embed: int, head: int) -> Floats:
+    def finish(self, end: End, embed: int, head: int) -> Floats:
         """What the head and the way of the token add after the last half."""
-        v = np.zeros(self._size)
+        v = np.zeros(self.size)
         serial_here = end.machines == (head,)
         self._close(v, end, Part.FFN, (head,), not serial_here)
         for number, step in enumerate(self.steps):
@@ -262,7 +262,10 @@ class Search:
                 v[number] += self._work(v, head, number, seconds)
             ids = 4.0 * rows
             if head != DEVICE and step.emits:
-                seconds = self._cross(v, head, DEVICE, number, ids)
+                made = (
+                    4.0 if embed == head else ids
+                )  # of drafted tokens, a loop away from the device sends what it made
+                seconds = self._cross(v, head, DEVICE, number, made)
                 v[number] += seconds if step.is_prefill or embed != head else 0.0
             if embed != DEVICE and step.is_prefill:
                 v[number] += self._cross(v, DEVICE, embed, number, 4.0 * step.count)
@@ -296,7 +299,7 @@ class Search:
     def _memory(self, labels: Floats) -> Floats:
         """Bytes of linear weights and cache of each machine so far: (labels, machines); ends apart."""
         spec = self.world.spec
-        units = labels[:, self._at["units"]].reshape(len(labels), -1, 2)
+        units = labels[:, self.at["units"]].reshape(len(labels), -1, 2)
         positions = self.job.prompt_tokens + self.job.tokens_out
         per = np.array(
             [
@@ -314,16 +317,16 @@ class Search:
     def _reads(self, labels: Floats) -> Floats:
         """What the objective can depend on, each column so that less is never worse: (labels, columns)."""
         chunks = len(self.steps) - 1
-        critical = labels[:, self._at["critical"]]
+        critical = labels[:, self.at["critical"]]
         tokens = self.world.drafter.tokens_per_round(self.tools[2])
         prompt, token = critical[:, :chunks].mean(axis=1), critical[:, chunks] / tokens
         columns = [prompt + (self.job.tokens_out - 1) * token] if self.objective.only_time else [prompt, token]
         if chunks > 1 or not self.objective.only_time:
-            columns += [labels[:, n] for n in range(*self._at["busy"].indices(self._size))]
-            columns += [labels[:, n] for n in range(*self._at["bytes"].indices(self._size))]
+            columns += [labels[:, n] for n in range(*self.at["busy"].indices(self.size))]
+            columns += [labels[:, n] for n in range(*self.at["bytes"].indices(self.size))]
             columns += [labels[:, -1]]
         if self._waits.any():  # the session starts when the slowest to admit it has
-            units = labels[:, self._at["units"]].reshape(len(labels), -1, 2).sum(axis=-1)
+            units = labels[:, self.at["units"]].reshape(len(labels), -1, 2).sum(axis=-1)
             columns.append((np.where(units > 0, self._waits, 0.0)).max(axis=1))
         return np.stack(columns, axis=1)
 
@@ -364,10 +367,10 @@ class Search:
         layers = self.world.spec.num_layers
         half_nats = [by_accuracy.weights_by_half(host.weights, layers) for host in self.world.hosts]
         wire_nats = by_accuracy.wire_by_boundary(self.tools[0], layers)
-        start: dict[_End | None, tuple[Floats, list[tuple[Counts, ...]]]] = {None: (np.zeros((1, self._size)), [()])}
+        start: dict[End | None, tuple[Floats, list[tuple[Counts, ...]]]] = {None: (np.zeros((1, self.size)), [()])}
         front, exact, most = start, True, 1
         for half in range(halves):
-            grown: dict[_End | None, tuple[list[Floats], list[tuple[Counts, ...]]]] = {}
+            grown: dict[End | None, tuple[list[Floats], list[tuple[Counts, ...]]]] = {}
             part = Part.FFN if half % 2 else Part.ATTENTION
             for counts in self._divisions(part):
                 if not self._allowed(half, counts):
@@ -375,10 +378,10 @@ class Search:
                 units = sum(counts)
                 nats = sum(number / units * half_nats[m][half] for m, number in enumerate(counts))
                 for end, (labels, paths) in front.items():
-                    v, new = self._step(half, end, counts, embed, head)
+                    v, new = self.step(half, end, counts, embed, head)
                     added = labels + v
                     added[:, -1] += nats
-                    added[:, -1] += _crossings(end, counts, embed) * wire_nats[half]
+                    added[:, -1] += crossings(end, counts, embed) * wire_nats[half]
                     fits = np.all(self._memory(added) <= limits, axis=1)
                     where = grown.setdefault(new, ([], []))
                     where[0].append(added[fits])
@@ -396,10 +399,10 @@ class Search:
         for end, (labels, paths) in front.items():
             if end is None:
                 continue
-            last.append(labels + self._finish(end, embed, head))
+            last.append(labels + self.finish(end, embed, head))
             whole += paths
         if not last:
-            return np.zeros((0, self._size)), [], exact, most
+            return np.zeros((0, self.size)), [], exact, most
         return np.concatenate(last), whole, exact, most
 
     def _prune(self, labels: Floats) -> tuple[list[int], bool]:
@@ -451,7 +454,7 @@ class Search:
             yield Decision(Partition(layers, embed, head), wire, chunk, draft)
 
 
-def _ahead(previous: _End, held: tuple[int, ...], pair: tuple[int, ...]) -> int | None:
+def _ahead(previous: End, held: tuple[int, ...], pair: tuple[int, ...]) -> int | None:
     """Which of two machines that share the next half is ahead, if one is."""
     if len(pair) != 2:
         return None
@@ -461,7 +464,7 @@ def _ahead(previous: _End, held: tuple[int, ...], pair: tuple[int, ...]) -> int 
     return holders[0] if len(holders) == 1 else None
 
 
-def _crossings(end: _End | None, counts: Counts, embed: int) -> int:
+def crossings(end: End | None, counts: Counts, embed: int) -> int:
     """Kinds of activations that cross between the last half and the next: parts of a sum, and the stream."""
     following = {machine for machine, units in enumerate(counts) if units}
     before = (embed,) if end is None else end.machines
