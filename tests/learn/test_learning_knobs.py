@@ -40,8 +40,8 @@ def env(one: Course) -> CourseEnv:
 
 
 def test_neutral_knobs_save_nothing(one: Course) -> None:
-    """The twin is the same run, so that only the potential is left, which telescopes. Where two plans are worth the same
-    to the last bit, a batch of another size may take the other one: hence the median."""
+    """The twin is the same run, so that only the potential is left, which telescopes. Where two plans are worth the
+    same to the last bit, a batch of another size may take the other one: hence the median."""
     made = CourseEnv([one], 4, 0, requests=8)
     made.reset()
     neutral = np.tile(np.array(NEUTRAL), (4, 1))
