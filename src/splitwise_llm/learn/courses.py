@@ -110,11 +110,11 @@ def course(seed: int, number: int) -> Course:
     link = _scaled(LINKS[int(dice.integers(len(LINKS)))], dice)
     cloud: CloudProcess | SharedCloud = _busier(CLOUDS[int(dice.integers(len(CLOUDS)))], dice)
     devices, slots, burst = 1, int(dice.choice([1, 4])), 1.0
-    per_s = float(dice.uniform(0.1, 0.8)) / _reference_s(device, model)
+    per_s = float(dice.uniform(0.15, 0.9)) / _reference_s(device, model)
     if is_crowd:
         cloud, devices = _crowd(dice)
         device, model, floor, slots = (ORIN, L7, None, 4) if dice.random() < 0.6 else (S23, L7, None, 4)
-        per_s, burst = float(dice.uniform(0.06, 0.22)), float(dice.choice([1.0, 2.0, 3.0]))
+        per_s, burst = float(dice.uniform(0.1, 0.24)), float(dice.choice([1.0, 2.0, 3.0]))
     tools = TOOLS if dice.random() < 0.7 else FEW_TOOLS
     case = Case((device,), model, per_s)
     scenario = Scenario(f"course-{number}", "", "", (case,), link, cloud, floor, burst=burst, num_devices=devices,

@@ -3,10 +3,12 @@
 1. Settings are drawn (`courses`), and simulated many worlds at a time (`env`): an action turns knobs, the reward is
    what that saved against exact drift plus penalty on the same trace.
 2. The network (`Reader`, two tanh layers, one head per knob) starts at neutral knobs, which are drift plus penalty.
-3. Proximal policy optimisation with action masks (sb3-contrib's `MaskablePPO`) makes it better. Two things are ours:
-   decisions are not equally far apart in time, so each step has a discount of its own (`Buffer`); and the prices of
-   budgets rise while they are overspent (`env`).
-4. From time to time the weights are kept beside the learner's state: a run that was stopped goes on from there. What is
+3. For each setting the best constant knobs are searched by simulation (`search`), and the network imitates them: it
+   learns to tell from what it sees which setting it is in.
+4. Proximal policy optimisation with action masks (sb3-contrib's `MaskablePPO`) goes on from there, moment by moment.
+   Two things are ours: decisions are not equally far apart in time, so each step has a discount of its own (`Buffer`);
+   and the prices of budgets rise while they are overspent (`env`).
+5. From time to time the weights are kept beside the learner's state: a run that was stopped goes on from there. What is
    kept at the end is the best by the saving on courses set apart, which no gradient has seen.
 
 Same seed, same machine type: the same weights.
@@ -35,11 +37,12 @@ from splitwise_llm.errors import SpecError
 from splitwise_llm.learn.courses import Course, courses
 from splitwise_llm.learn.env import CourseEnv, Learnable
 from splitwise_llm.learn.parallel import ParallelEnv
+from splitwise_llm.learn.search import Lesson, lessons
 from splitwise_llm.observation import EPOCHS, SEEN
 from splitwise_llm.policies.features import COUNT
 from splitwise_llm.policies.guided import Constant
 from splitwise_llm.policies.knobs import NEUTRAL, SIZES
-from splitwise_llm.policies.mind import Mind
+from splitwise_llm.policies.mind import Mind, knob_name
 from splitwise_llm.policies.network import Network
 from splitwise_llm.sim.draws import draw
 from splitwise_llm.sim.episode import simulate
@@ -56,17 +59,24 @@ class Config:
     """Everything that weights depend on, beside the source and the machine type."""
 
     seed: int = 0
-    courses: int = 32
-    worlds: int = 8
+    courses: int = 40
+    worlds: int = 16
     """Of each course, side by side."""
     requests: int = 40
     """Of each trace, all devices together."""
-    decisions: int = 1_500_000
-    steps: int = 64
+    lesson_worlds: int = 16
+    lesson_requests: int = 30
+    lesson_samples: int = 1500
+    """Decisions of each course that are imitated."""
+    imitation: int = 1500
+    """Gradient steps."""
+    decisions: int = 600_000
+    """Of proximal policy optimisation; 0 leaves it out."""
+    steps: int = 32
     """Of each world between two updates."""
     minibatch: int = 2048
     epochs: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     clip: float = 0.2
     gae: float = 0.95
     entropy: float = 0.001
@@ -89,12 +99,22 @@ class Config:
 
     @property
     def updates(self) -> int:
-        return max(self.decisions // (self.environments * self.steps), 1)
+        return self.decisions // (self.environments * self.steps)
 
 
 CONFIGS: dict[str, Config] = {
     "default": Config(),
-    "tiny": Config(courses=2, worlds=4, decisions=2048, steps=32, minibatch=128, validate_every=2, validation=1),
+    "tiny": Config(
+        courses=2,
+        worlds=4,
+        lesson_worlds=3,
+        lesson_requests=8,
+        imitation=20,
+        decisions=2048,
+        minibatch=128,
+        validate_every=2,
+        validation=1,
+    ),
 }
 """By name, for `splitwise train --config`."""
 
@@ -215,6 +235,29 @@ def begin_at(model: MaskablePPO, start: Network) -> None:
             mine.copy_(torch.as_tensor(theirs))
 
 
+def imitate(model: MaskablePPO, taught: Sequence[Lesson], steps: int, seed: int) -> float:
+    """Teach the actor the best constants of each course, from what was seen there; the last loss (nats per head)."""
+    policy: Any = model.policy
+    x = np.concatenate([one.seen for one in taught])
+    y = np.concatenate([np.tile(np.array(one.action), (len(one.seen), 1)) for one in taught])
+    weight = np.concatenate([np.full(len(one.seen), 1 / max(len(one.seen), 1)) for one in taught])
+    dice = np.random.Generator(np.random.Philox([seed, 23]))
+    modules = (policy.features_extractor, policy.mlp_extractor.policy_net, policy.action_net)
+    optimiser = torch.optim.Adam([p for module in modules for p in module.parameters()], lr=1e-3)
+    loss = torch.zeros(())
+    for _ in range(steps):
+        rows = dice.choice(len(x), 1024, p=weight / weight.sum())
+        shown = torch.as_tensor(x[rows], device=model.device)
+        latent = policy.mlp_extractor.forward_actor(policy.extract_features(shown))
+        heads = torch.split(policy.action_net(latent), list(SIZES), dim=1)
+        wanted = torch.as_tensor(y[rows], device=model.device)
+        loss = torch.stack([nn.functional.cross_entropy(head, wanted[:, n]) for n, head in enumerate(heads)]).mean()
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    return float(loss.detach())
+
+
 class Validation:
     """Courses set apart, and what exact drift plus penalty costs on them."""
 
@@ -266,54 +309,80 @@ def train(
     if start is not None:
         begin_at(model, start)
         env.low, env.high = start.low.copy(), start.high.copy()
+    model.set_logger(_logger(folder))
     if (folder / "learner.zip").exists():
         model.set_parameters(str(folder / "learner.zip"), device=device)
         with np.load(folder / "range.npz") as kept:
             env.low, env.high = kept["low"], kept["high"]
         tell(f"going on after {state['updates']} of {config.updates} updates")
-    model.set_logger(_logger(folder))
-    total = config.updates * config.steps * env.num_envs
-    model._setup_learn(total, None, reset_num_timesteps=True)
-    began = time.monotonic()
-    for update in range(state["updates"], config.updates):
-        if not model.collect_rollouts(env, _NOTHING, model.rollout_buffer, config.steps, use_masking=True):
-            break
+    elif start is None:
+        taught = _taught(config, drawn, processes, tell)
+        loss = imitate(model, taught, config.imitation, config.seed)
+        seen = np.concatenate([one.seen for one in taught])[:, :COUNT]
+        env.low, env.high = np.minimum(env.low, seen.min(axis=0)), np.maximum(env.high, seen.max(axis=0))
+        tell(f"imitated to {loss:.3f} nats per knob")
+    model._setup_learn(config.updates * config.steps * env.num_envs, None, reset_num_timesteps=True)
+    if not state["curve"]:
+        _validate(config, folder, state, model, env, validation, tell)
+    began, first = time.monotonic(), state["updates"]
+    for update in range(first, config.updates):
+        model.collect_rollouts(env, _NOTHING, model.rollout_buffer, config.steps, use_masking=True)
         model._current_progress_remaining = 1 - update / config.updates
         model.train()
         _note(model.logger, env, model, update)
         state["updates"] = update + 1
-        last = update + 1 == config.updates
-        if last or (update + 1) % config.validate_every == 0:
-            mind = network(model, env)
-            gain, each = validation.gain(mind)
-            model.logger.record("validation/gain", gain)
-            for name, one in zip(validation.names, each, strict=True):
-                model.logger.record(f"validation/{name}", one)
-            state["curve"].append([update + 1, gain])
-            if gain > state["best"]:
-                state["best"] = gain
-                mind.save(folder / "splitwise.npz")
-            model.save(str(folder / "learner.zip"), exclude=["rollout_buffer"])
-            np.savez(folder / "range.npz", low=env.low, high=env.high)
-            (folder / "state.json").write_text(json.dumps(state))
-            pace = (time.monotonic() - began) / (update + 1)
-            tell(
-                f"update {update + 1} of {config.updates}: saves {100 * gain:+.2f} % of drift's cost on courses set "
-                f"apart (best {100 * state['best']:+.2f} %), {pace * (config.updates - update - 1):.0f} s to go"
-            )
+        if update + 1 == config.updates or (update + 1) % config.validate_every == 0:
+            pace = (time.monotonic() - began) / (update + 1 - first)
+            tell(f"update {update + 1} of {config.updates}, {pace * (config.updates - update - 1):.0f} s to go")
+            _validate(config, folder, state, model, env, validation, tell)
         model.logger.dump((update + 1) * config.steps * env.num_envs)
     env.close()
     model.logger.close()
-    if not (folder / "splitwise.npz").exists():
-        network(model, env).save(folder / "splitwise.npz")
     return folder / "splitwise.npz"
+
+
+def _taught(config: Config, drawn: Sequence[Course], processes: int, tell: Tell) -> list[Lesson]:
+    count = 0
+
+    def told(one: Lesson) -> None:
+        nonlocal count
+        count += 1
+        knobs = ", ".join(
+            knob_name(head, value) for head, value in enumerate(one.action) if value != NEUTRAL[head]
+        )  # fmt: skip
+        tell(f"course {count} of {len(drawn)}, {one.course}: {knobs or 'neutral'} saves {100 * one.saved:.2f} %")
+
+    sizes = (config.lesson_worlds, config.lesson_requests, config.lesson_samples)
+    return lessons(drawn, 100_000 * (config.seed + 1), *sizes, processes, told)
+
+
+def _validate(
+    config: Config, folder: Path, state: dict[str, Any], model: MaskablePPO, env: Learnable, validation: Validation,
+    tell: Tell,
+) -> None:  # fmt: skip
+    """Judge the network on courses set apart, keep the best, and everything that going on needs."""
+    mind = network(model, env)
+    gain, each = validation.gain(mind)
+    model.logger.record("validation/gain", gain)
+    for name, one in zip(validation.names, each, strict=True):
+        model.logger.record(f"validation/{name}", one)
+    state["curve"].append([state["updates"], gain])
+    if state["best"] is None or gain > state["best"]:
+        state["best"] = gain
+        mind.save(folder / "splitwise.npz")
+    model.save(str(folder / "learner.zip"), exclude=["rollout_buffer", "env"])
+    np.savez(folder / "range.npz", low=env.low, high=env.high)
+    part = folder / "state.json.part"
+    part.write_text(json.dumps(state))
+    part.replace(folder / "state.json")
+    tell(f"saves {100 * gain:+.2f} % of drift's cost on courses set apart (best {100 * state['best']:+.2f} %)")
 
 
 def _state(config: Config, folder: Path) -> dict[str, Any]:
     """What a run has come to. Raises SpecError where the folder holds another one."""
     file = folder / "state.json"
     if not file.exists():
-        return {"config": asdict(config), "updates": 0, "best": -np.inf, "curve": []}
+        return {"config": asdict(config), "updates": 0, "best": None, "curve": []}
     state: dict[str, Any] = json.loads(file.read_text())
     if state["config"] != asdict(config):
         raise SpecError(f"{folder} holds a run with another configuration; give another folder, or delete it")
