@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,31 +12,81 @@ from splitwise_llm.cli.options import app, out, tell
 from splitwise_llm.errors import SpecError
 
 
+class Learner(StrEnum):
+    """What is learned."""
+
+    HIGH = "high"
+    LOW = "low"
+    PAPER = "paper"
+
+
+MADE = (
+    "state.json", "learner.zip", "range.npz", "splitwise.npz", "low_level.npz", "low_level.pt", "per_layer.npz",
+    "per_layer.pt",
+)  # fmt: skip
+"""What a run leaves in its folder, curves apart."""
+
+
 @app.command()
 def train(
-    config: Annotated[str, typer.Option(help="`default` makes what is shipped; `tiny`; or a JSON file.")] = "default",
+    learner: Annotated[
+        Learner,
+        typer.Option(help="high: the policy splitwise; low: the proposer of plans; paper: the policy splitwise-paper."),
+    ] = Learner.HIGH,
+    config: Annotated[str, typer.Option(help="Of high: `default` makes what is shipped; or a JSON file.")] = "default",
     folder: Annotated[Path, typer.Option("--out", help="For weights, curves and checkpoints.")] = Path("training"),
     seed: Annotated[int | None, typer.Option(min=0, max=2**20, help="In place of the configuration's.")] = None,
-    start: Annotated[Path | None, typer.Option(help="Weights to begin at; default: neutral knobs.")] = None,
-    processes: Annotated[int, typer.Option(min=1, max=64, help="That simulate; the weights are the same.")] = 1,
-    device: Annotated[str, typer.Option(help="Where the network learns: cpu or cuda.")] = "cpu",
+    start: Annotated[Path | None, typer.Option(help="Of high: weights to begin at; default: neutral knobs.")] = None,
+    processes: Annotated[int, typer.Option(min=1, max=64, help="Of high; the weights are the same.")] = 1,
+    device: Annotated[str, typer.Option(help="Of high: where the network learns, cpu or cuda.")] = "cpu",
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where the folder holds a run.")] = False,
 ) -> None:
-    """Train the policy `splitwise`; stopped, it goes on where it was. Curves: `tensorboard --logdir DIR/curves`."""
+    """Train a policy; stopped, it goes on where it was. Curves: `tensorboard --logdir DIR/curves`."""
     try:
-        from splitwise_llm.learn.train import read_config
-        from splitwise_llm.learn.train import train as learn
+        import sb3_contrib  # noqa: F401 - said here, not after minutes
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise SpecError(f"training needs {error.name}: pip install sb3-contrib==2.9.2 tensorboard") from error
+        raise SpecError(f"training needs {error.name}: pip install splitwise-llm[learning]") from error
+    if fresh:
+        for name in MADE:
+            (folder / name).unlink(missing_ok=True)
+    if learner is Learner.HIGH:
+        weights = _high(config, folder, seed, start, processes, device)
+    else:
+        if config != "default" or start or processes > 1 or device != "cpu":
+            raise SpecError(f"--config, --start, --processes and --device are for --learner high, not {learner}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with SummaryWriter(str(folder / "curves")) as writer:
+            weights = _low(folder, seed or 0, writer) if learner is Learner.LOW else _paper(folder, seed or 0, writer)
+    out.print(f"weights: {weights}; curves: tensorboard --logdir {folder / 'curves'}", markup=False)
+
+
+def _high(config: str, folder: Path, seed: int | None, start: Path | None, processes: int, device: str) -> Path:
+    from splitwise_llm.learn.train import read_config
+    from splitwise_llm.learn.train import train as learn
     from splitwise_llm.policies.network import Network
 
-    chosen = read_config(config, seed)
-    if fresh:
-        for name in ("state.json", "learner.zip", "range.npz", "splitwise.npz"):
-            (folder / name).unlink(missing_ok=True)
     given = Network.load(start) if start else None
-    weights = learn(chosen, folder, tell, start=given, processes=processes, device=device)
-    out.print(f"weights: {weights}; curves: tensorboard --logdir {folder / 'curves'}", markup=False)
+    return learn(read_config(config, seed), folder, tell, start=given, processes=processes, device=device)
+
+
+def _low(folder: Path, seed: int, writer: object) -> Path:
+    from splitwise_llm.learn.low_level import Config, train_low_level
+
+    file = folder / "low_level.npz"
+    train_low_level(Config(), tell, writer, folder, seed).save(file)  # type: ignore[arg-type]
+    return file
+
+
+def _paper(folder: Path, seed: int, writer: object) -> Path:
+    from splitwise_llm.learn.per_layer import PerLayerConfig, train_per_layer
+
+    def told(done: int, of: int, figures: object) -> None:
+        if done % 10 == 0 or done == of:
+            tell(f"update {done} of {of}: {figures}")
+
+    train_per_layer(PerLayerConfig(), told, writer, folder, seed)  # type: ignore[arg-type]
+    return folder / "per_layer.npz"
 
 
 __all__ = ["train"]
