@@ -88,7 +88,7 @@ def _scaled(link: LinkProcess, dice: np.random.Generator) -> LinkProcess:
 def _crowd(dice: np.random.Generator) -> tuple[SharedCloud, int]:
     """A cloud that the simulated devices load themselves: few of them, so that many worlds can be simulated, and as
     few sessions for each as in a large one."""
-    devices = int(dice.integers(8, 25))
+    devices = int(dice.integers(8, 17))
     sessions = max(round(devices * dice.uniform(0.25, 0.6)), 2)
     age_s = float(dice.choice([0.0, 0.0, 2.0, 10.0]))
     return SharedCloud(sessions, background=int(dice.choice([0, 16, 32])), information_s=age_s), devices
@@ -104,12 +104,12 @@ def _reference_s(device: str, model: str) -> float:
 def course(seed: int, number: int) -> Course:
     """Number `number` of a seed. Raises RequestError where what was drawn cannot run."""
     dice = np.random.Generator(np.random.Philox([seed, number]))
-    is_crowd = number % 4 == 3
+    is_crowd = number % 7 == 3
     device, model = PAIRS[int(dice.integers(len(PAIRS)))]
-    floor = FLOOR if dice.random() < 0.4 else None
+    floor = FLOOR if dice.random() < 0.5 else None
     link = _scaled(LINKS[int(dice.integers(len(LINKS)))], dice)
     cloud: CloudProcess | SharedCloud = _busier(CLOUDS[int(dice.integers(len(CLOUDS)))], dice)
-    devices, slots, burst = 1, int(dice.choice([1, 4])), 1.0
+    devices, slots, burst = 1, int(dice.choice([1, 1, 4])), 1.0
     per_s = float(dice.uniform(0.15, 0.9)) / _reference_s(device, model)
     if is_crowd:
         cloud, devices = _crowd(dice)
@@ -122,7 +122,7 @@ def course(seed: int, number: int) -> Course:
     w_energy = float(dice.choice([0.0, 0.0, 0.02]))
     seeing = Seeing(delay_s=float(dice.choice([0.0, 0.0, 0.5, 2.0])))
     acceptance = float(dice.uniform(0.35, 0.8))
-    told = bool(dice.random() < 0.8)
+    told = bool(dice.random() < 0.9)
     return _made(scenario, case, tools, acceptance, w_energy, seeing, Budgets(), told)
 
 

@@ -75,7 +75,7 @@ def cost(course: Course, traces: Traces, chooser: _Holding) -> Floats:
 def lesson(course: Course, seed: int, worlds: int, requests: int, samples: int) -> Lesson:
     """Try values of every knob alone, then what helped together. Fewer worlds of many devices, as each holds more."""
     devices = course.params.num_devices
-    per_device, worlds = max(requests // devices, 8), max(worlds // devices**0.5, 5)
+    per_device, worlds = max(requests // devices, 16), max(worlds // devices**0.5, 6)
     traces = draw(course.params, TRAIN.seed + seed, range(int(worlds)), per_device, TRAIN.spread)
 
     def saved(action: Action) -> Floats:

@@ -59,8 +59,8 @@ class Config:
     """Everything that weights depend on, beside the source and the machine type."""
 
     seed: int = 0
-    courses: int = 40
-    worlds: int = 16
+    courses: int = 56
+    worlds: int = 8
     """Of each course, side by side."""
     requests: int = 40
     """Of each trace, all devices together."""
@@ -70,7 +70,7 @@ class Config:
     """Decisions of each course that are imitated."""
     imitation: int = 1500
     """Gradient steps."""
-    decisions: int = 600_000
+    decisions: int = 400_000
     """Of proximal policy optimisation; 0 leaves it out."""
     steps: int = 32
     """Of each world between two updates."""
