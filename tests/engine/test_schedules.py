@@ -206,7 +206,7 @@ be given to `check`."""
 
 
 @pytest.mark.timeout(600)
-@settings(SETTINGS, max_examples=30)
+@settings(SETTINGS, max_examples=10)
 @given(data=st.data())
 def test_a_session_says_the_same_whatever_happens_or_says_why_it_ends(
     undisturbed: Undisturbed, data: st.DataObject
