@@ -111,8 +111,12 @@ def test_nothing_passes_from_the_last_sign_of_life_until_the_worker_answers_agai
         for at_s, kind in ((0.4, "suspect"), (0.5, "lost"), (0.7, "back"), (0.8, "suspect"), (0.85, "alive"))
     )
     samples = (sample(0.0), sample(0.3), sample(0.75))
-    assert silent(events, samples, 1.0) == [(0.3, 0.7), (0.75, 0.85)]
-    assert silent(events[:2], samples, 1.0) == [(0.3, 1.0)], "it never came back"
+    heard_s = [one.at_s for one in samples]
+    assert silent(events, heard_s, 1.0) == [(0.3, 0.7), (0.75, 0.85)]
+    assert silent(events[:2], heard_s[:2], 1.0) == [(0.3, 1.0)], "it never came back"
+    assert silent(events[:2], [0.0, 0.35, 0.6], 1.0) == [(0.35, 0.6)], "another session heard of it"
+    assert silent(events[2:3], [0.72], 1.0) == [(0.0, 0.7)], "it answered late"
+    assert silent((), [], 1.0, answered=False) == [(0.0, 1.0)]
     (course,) = courses_from_records([kept(tmp_path, record(events=events, links=samples))])
     assert course.outages == ((0.3, 0.7), (0.75, 0.85))
     assert [course.recordings.up.rate_at(at) > 0 for at in (0.2, 0.4, 0.72, 0.8, 0.9)] == [
@@ -127,6 +131,14 @@ def test_nothing_passes_from_the_last_sign_of_life_until_the_worker_answers_agai
     down = course.scenario.link.classes[-1]
     assert not down.is_up
     assert down.mean_dwell_s == pytest.approx(0.25)
+
+
+def test_a_session_that_did_not_meet_the_worker_is_one_without_a_link(tmp_path: Path) -> None:
+    lost = record(events=(Event(0.8, "lost", ""),), links=(sample(0.0), sample(0.6)))
+    alone = record(1.2, hosts=HOSTS[:1], links=())
+    (course,) = courses_from_records([kept(tmp_path, lost, alone, record(3.0, links=(sample(0.1),)))])
+    assert course.outages == ((0.6, pytest.approx(2.2)),), "nothing was heard between them either"
+    assert len(course.worlds[0][0].hosts) == 2
 
 
 def test_a_long_pause_and_other_machines_begin_another_course(tmp_path: Path) -> None:

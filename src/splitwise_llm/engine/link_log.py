@@ -10,7 +10,10 @@ from splitwise_llm.engine.telemetry import Advert, LinkFigures
 from splitwise_llm.records import LinkSample
 
 EVERY_S = 1.0
-"""A sample is kept so often at least; the last one before a longer silence is kept, too."""
+"""A sample is kept so often at least."""
+SILENT_S = 0.45
+"""The last one before a longer silence is kept, too: it says when nothing was heard any more. Pings are more frequent,
+and nobody is suspected before 0.5 s (`backoff`)."""
 FACTOR = 1.1
 """And whenever a figure has changed by so much, or the number of sessions at all."""
 
@@ -30,7 +33,7 @@ class LinkLog:
             _age(figures.down_age_s), others, advert.queue_s if advert else 0.0, advert.step_s if advert else None,
         )  # fmt: skip
         kept, before = self._kept.setdefault(number, []), self._latest.get(number)
-        if before is not None and now_s - before.at_s > EVERY_S and kept[-1] is not before:
+        if before is not None and now_s - before.at_s > SILENT_S and kept[-1] is not before:
             kept.append(before)
         if not kept or now_s - kept[-1].at_s >= EVERY_S or _differ(kept[-1], sample):
             kept.append(sample)

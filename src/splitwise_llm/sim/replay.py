@@ -3,8 +3,8 @@ was decided. It plays them as they were decided; other decision makers it does n
 
 Requests come when they came, as long as they were. Between two samples the link and the cloud's load are as in the
 first of them; what was measured counts before what was believed. From the last sign of life before a worker was
-suspected or lost until it answered again, nothing passes. The load is what the worker said of others; a session's
-neighbours on the same device are among them.
+suspected or lost until the next one, nothing passes. The load is what the worker said of others; a session's neighbours
+on the same device are among them.
 """
 
 from __future__ import annotations
@@ -127,6 +127,8 @@ def _nearest(among: Sequence[int], value: int) -> int:
 
 # From records to courses
 
+Found = tuple[str, RequestRecord, Setup]
+
 
 def courses_from_records(paths: Iterable[str | File]) -> list[Course]:
     """The courses in files of records, in order of time; other machines, another floor or `PAUSE_S` without a request
@@ -134,7 +136,7 @@ def courses_from_records(paths: Iterable[str | File]) -> list[Course]:
 
     Raises SpecError for what no simulation can be made of, naming the record, what it lacks and how to get it.
     """
-    found: list[tuple[str, RequestRecord, Setup]] = []
+    found: list[Found] = []
     for path in paths:
         for number, record in enumerate(read_records(path), start=1):
             where = f"{path}, record {number}"
@@ -149,15 +151,13 @@ def courses_from_records(paths: Iterable[str | File]) -> list[Course]:
                 f"{where} is of model {setup.fingerprint}, {first[0]} of {first[2].fingerprint}; records of one model "
                 "can be replayed together: give the others on their own"
             )
+    found = _met(found)
     found.sort(key=lambda one: (repr(_machines(one[2])), one[2].began_unix_s))
     courses = []
     for _, alike in groupby(found, key=lambda one: _machines(one[2])):
         for part in _sittings(list(alike)):
             courses.append((part[0][2].began_unix_s, part))
     return [_course(f"course-{n}", part) for n, (_, part) in enumerate(sorted(courses, key=lambda c: c[0]), start=1)]
-
-
-Found = tuple[str, RequestRecord, Setup]
 
 
 def _checked(where: str, record: RequestRecord) -> Setup:
@@ -178,15 +178,31 @@ def _checked(where: str, record: RequestRecord) -> Setup:
         raise SpecError(
             f"{where} does not say what its machines can do: start both with --profile FILE or --emulate DEVICE"
         )
-    if len(setup.hosts) < 2:
-        raise SpecError(f"{where}: {setup.names[1]} never answered, so there is nothing to compare; leave it out")
     return setup
+
+
+def _met(found: Sequence[Found]) -> list[Found]:
+    """With the worker of the nearest session that met it where a session did not, for want of a link."""
+    known = [setup for _, _, setup in found if len(setup.hosts) > 1]
+    result = []
+    for where, record, setup in found:
+        if len(setup.hosts) < 2:
+            mine = [other for other in known if _machines(other)[:2] == _machines(setup)[:2]]
+            if not mine:
+                raise SpecError(
+                    f"{where}: {setup.names[1]} never answered, here or in another record of this device: nobody knows "
+                    "what it can do; give the records of a session in which it did, too"
+                )
+            other = min(mine, key=lambda one: abs(one.began_unix_s - setup.began_unix_s))
+            setup = replace(setup, hosts=(setup.hosts[0], other.hosts[1]), tools=other.tools)  # noqa: PLW2901
+        result.append((where, record, setup))
+    return result
 
 
 def _machines(setup: Setup) -> tuple[object, ...]:
     """What is the same in all records of a course. What is free of a machine's memory wavers."""
-    hosts = tuple(replace(host, device=replace(host.device, memory_bytes=1e9)) for host in setup.hosts)
-    return setup.names, hosts, setup.floor, setup.tools
+    device, *workers = (replace(host, device=replace(host.device, memory_bytes=1e9)) for host in setup.hosts)
+    return setup.names, device, setup.floor, tuple(workers), setup.tools
 
 
 def _sittings(found: Sequence[Found]) -> Iterator[list[Found]]:
@@ -222,11 +238,17 @@ def _course(name: str, found: Sequence[Found]) -> Course:
         )
     last_s = max(*(one.began_s + one.total_s for one in requests), samples[-1].at_s)
     period_s = STEP_S * (math.floor(last_s / STEP_S) + 1)
-    outages = _merged(
-        (one.began_unix_s - begin_s + start, one.began_unix_s - begin_s + stop)
-        for _, record, one in found
-        for start, stop in silent(record.events, one.links, record.token_times_s[-1])
-    )
+    heard_s = [sample.at_s for sample in samples]
+    stretches: list[tuple[float, float]] = []
+    for _, record, one in found:
+        at_s = one.began_unix_s - begin_s
+        answered = len(record.setup.hosts) > 1 if record.setup else True
+        own_s = [heard - at_s for heard in heard_s]
+        stretches += (
+            (at_s + start, at_s + stop)
+            for start, stop in silent(record.events, own_s, record.token_times_s[-1], answered)
+        )
+    outages = _merged(stretches, heard_s)
     up = _rates(samples, lambda s: s.up_bytes_per_s, lambda s: s.up_age_s, outages, period_s)
     down = _rates(samples, lambda s: s.down_bytes_per_s, lambda s: s.down_age_s, outages, period_s)
     rtts = _steps([(s.at_s, s.rtt_s) for s in samples], outages, math.inf, period_s)
@@ -278,25 +300,35 @@ def _live(where: str, record: RequestRecord, setup: Setup, began_s: float) -> Li
     )  # fmt: skip
 
 
-def silent(events: Sequence[Event], samples: Sequence[LinkSample], end_s: float) -> list[tuple[float, float]]:
-    """(start, stop) of the stretches of one request in which nothing was heard of the worker, s after its prompt."""
+def silent(
+    events: Sequence[Event], heard_s: Sequence[float], end_s: float, answered: bool = True
+) -> list[tuple[float, float]]:
+    """(start, stop) of the stretches of one request, s after its prompt, in which nothing was heard of the worker:
+    from the last sample of any session before a suspicion to the next one, or to where the request got its answer;
+    and from its beginning to the first answer, if that came late, or never (not `answered`).
+
+    `heard_s`: when samples were taken, rising.
+    """
     found: list[tuple[float, float]] = []
-    since_s: float | None = None
-    for event in sorted(events, key=lambda one: one.at_s):
+    ordered = [one for one in sorted(events, key=lambda one: one.at_s) if one.kind in (*GONE, *THERE)]
+    late = bool(ordered) and ordered[0].kind in THERE
+    since_s = 0.0 if late or not answered else None
+    for event in [*ordered, Event(end_s, THERE[0], "")]:
         if event.kind in GONE and since_s is None:
-            since_s = max((s.at_s for s in samples if s.at_s <= event.at_s), default=event.at_s)
+            since_s = event.at_s
         elif event.kind in THERE and since_s is not None:
-            found.append((since_s, event.at_s))
+            start_s = max((at for at in heard_s if at <= since_s), default=since_s) if since_s else 0.0
+            stop_s = min((at for at in heard_s if since_s < at < event.at_s), default=event.at_s)
+            found.append((start_s, stop_s))
             since_s = None
-    if since_s is not None:
-        found.append((since_s, max(end_s, since_s)))
-    return [(start, stop) for start, stop in found if stop > start]
+    return [(start_s, stop_s) for start_s, stop_s in found if stop_s > start_s]
 
 
-def _merged(stretches: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+def _merged(stretches: Iterable[tuple[float, float]], heard_s: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """Stretches between which nobody heard anything are one."""
     found: list[tuple[float, float]] = []
     for start, stop in sorted((max(start, 0.0), stop) for start, stop in stretches):
-        if found and start <= found[-1][1]:
+        if found and (start <= found[-1][1] or not any(found[-1][1] <= at <= start for at in heard_s)):
             found[-1] = found[-1][0], max(found[-1][1], stop)
         elif stop > start:
             found.append((start, stop))
