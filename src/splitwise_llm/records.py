@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from splitwise_llm.cost import Floor
+from splitwise_llm.errors import SpecError
+from splitwise_llm.observation import Tools
 from splitwise_llm.plan import Crossings
+from splitwise_llm.spec import DeviceSpec, Dtype, ModelSpec, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,10 @@ class RunRecord:
     """What it was begun for: admission, move, fault, return, resume; `fill` and what is filled."""
     ended: str = ""
     """Empty if it ran to its end."""
+    prefill_chunk: int | None = None
+    draft: int = 0
+    prefill_wire: str = ""
+    """Empty: as `wire`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +99,61 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkSample:
+    """What was known of the link to a worker, and what the worker said of itself, from some moment on."""
+
+    at_s: float
+    """After the prompt was handed over; negative before."""
+    worker: str
+    rtt_s: float
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+    up_age_s: float | None = None
+    """Since it was measured; None: never, it is only believed."""
+    down_age_s: float | None = None
+    others: int = 0
+    """Sessions there that are not this one."""
+    queue_s: float = 0.0
+    """Of work that waited for the worker."""
+    step_s: float | None = None
+    """Of one of its decode steps; None: it does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostRecord:
+    """A machine as it was priced, by the name that it has in partitions."""
+
+    device: DeviceSpec
+    dtype: Dtype
+    weights: Weights
+    stretch: float = 1.0
+    """Its compute takes so many times as long as `device` says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a request was decided in: what it takes, beside the request itself, to play it again."""
+
+    began_unix_s: float
+    """When the prompt was handed over, by the device's wall clock."""
+    max_new_tokens: int
+    model: ModelSpec
+    fingerprint: str
+    """Of the model."""
+    names: tuple[str, ...]
+    """Of all machines, the device first."""
+    hosts: tuple[HostRecord, ...] = ()
+    """Of those that answered, the device first; none where not all of them are profiled."""
+    tools: Tools | None = None
+    """What the policy might use."""
+    floor: Floor | None = None
+    acceptance: float = 0.0
+    """Of a drafted token: by what its rounds made, or, where none were to be drafted, as it was priced."""
+    links: tuple[LinkSample, ...] = ()
+    """In order of time; thinned (`engine.link_log`). Empty where nobody measured: of a partition that was given."""
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRecord:
     """One request, as it ran. Times in seconds; bytes are payload unless the name says frames."""
 
@@ -124,6 +192,8 @@ class RequestRecord:
     """The meter (of the whole machine), or `modelled`."""
     is_degraded: bool = False
     """Whether something failed and was got over, or weights or wire changed precision on the way."""
+    setup: Setup | None = None
+    """None in records of older versions."""
 
     @property
     def up_bytes(self) -> int:
@@ -153,6 +223,65 @@ class RequestRecord:
     def to_json(self) -> str:
         """One line."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RequestRecord:
+        """The inverse of `to_dict`; what an older version left out is as its default says, and what this one does not
+        know is not read. Raises SpecError that says which field is wrong."""
+        machines = data.get("machines")
+        if isinstance(machines, list):
+            bare = [m for m in machines if isinstance(m, dict)]
+            machines = [{"intervals": []} | m for m in bare] if len(bare) == len(machines) else machines
+        try:
+            return msgspec.convert({**data, "machines": machines}, cls)
+        except msgspec.ValidationError as error:
+            raise SpecError(f"no record of a request: {error}") from error
+
+
+def read_records(path: str | Path) -> tuple[RequestRecord, ...]:
+    """The records in a file, in its order: a record per line (`generate --records`), one record, or the answers of
+    several prompts (`generate --json`). Raises SpecError naming file, line and remedy."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise SpecError(f"{path}: {error.strerror}; give a file that `splitwise generate --records` wrote") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path} is not valid UTF-8 ({error}); give a file of records") from None
+    found = []
+    for number, data in _objects(text, str(path)):
+        answers = data.get("answers")
+        for one in answers if isinstance(answers, list) else [data]:
+            try:
+                found.append(RequestRecord.from_dict(one if isinstance(one, dict) else {}))
+            except SpecError as error:
+                raise SpecError(
+                    f"{path}:{number}: {error}; expected what `splitwise generate --records` or `--json` writes"
+                ) from error
+    if not found:
+        raise SpecError(f"{path} holds no record; give a file that `splitwise generate --records` wrote")
+    return tuple(found)
+
+
+def _objects(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
+    """(line, object): the whole text as one, or each line."""
+    try:
+        data = json.loads(text)
+        rows = [(1, data)]
+    except ValueError:
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append((number, json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise SpecError(
+                    f"{name}:{number}: no whole JSON object ({error}); is the file truncated? drop the line"
+                ) from error
+    for number, data in rows:
+        if not isinstance(data, dict):
+            raise SpecError(f"{name}:{number}: {type(data).__name__}, expected a JSON object: a record per line")
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from splitwise_llm.cli.options import (
     Tls,
     WeightsOption,
     app,
+    keep_records,
     machine_options,
     note,
     pairs,
@@ -124,6 +125,10 @@ def generate(
     profile: Profile = "",
     tls: Tls = None,
     json_file: JsonFile = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(help="Append a line per answer there, for `simulate --from-records`.", dir_okay=False),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the text.")] = False,
 ) -> None:
     """Answer a prompt, or several at a time, alone or with running workers; answers survive links and machines that
@@ -147,6 +152,7 @@ def generate(
     texts = asked_prompts(prompt, prompts, in_flight, journal)
     asked = _Asked(json.loads(json.dumps(said)), explain, (in_flight or IN_FLIGHT) if prompts else None)
     sampling = Sampling(temperature, top_k, top_p, seed)
+    keep_records(records)  # what cannot be written is said now
 
     async def work() -> None:
         with asked.edge() as edge:
@@ -159,6 +165,7 @@ def generate(
                         rules=asked.rules,
                     ),
                     len(texts), asked.in_flight or IN_FLIGHT, json_file, quiet, QUIET_EVENTS if not explain else (),
+                    records,
                 )  # fmt: skip
                 warn(edge)
                 return
@@ -168,6 +175,7 @@ def generate(
                 journal=journal, options=asked.said, draft=asked.draft,
             )  # fmt: skip
             await _show(generation, asked, json_file, quiet)
+            keep_records(records, [generation.record])
             warn(edge)
 
     def warn(edge: Edge) -> None:

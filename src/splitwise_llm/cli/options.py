@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -23,6 +23,7 @@ from splitwise_llm.units import parse_bytes
 
 if TYPE_CHECKING:
     from splitwise_llm.bench.figures import Figures
+    from splitwise_llm.records import RequestRecord
 
 app = typer.Typer(
     name="splitwise",
@@ -100,6 +101,15 @@ def two_names(pair: str) -> tuple[str, str]:
 def write_json(path: Path | None, data: object) -> None:
     if path:
         path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def keep_records(path: Path | None, records: Iterable[RequestRecord] = ()) -> None:
+    """Append a line of JSON per record, each without the machines' intervals; none: see that one could. Raises
+    OSError."""
+    if path:
+        with path.open("a") as file:
+            for record in records:
+                file.write(json.dumps(record.to_dict(intervals=False), ensure_ascii=False) + "\n")
 
 
 def note(text: str) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from splitwise_llm.cli.options import note, read_prompt, valid_text, write_json
+from splitwise_llm.cli.options import keep_records, note, read_prompt, valid_text, write_json
 from splitwise_llm.errors import RequestError, SplitwiseError
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ async def show_answers(
     json_file: Path | None,
     quiet: bool,
     unsaid: Sequence[str],
+    records_file: Path | None = None,
 ) -> None:
     """Print each answer whole, with its number from 1, as it is complete, and in the end what all took together. Raises
     the first error, once the others are answered."""
@@ -96,6 +97,7 @@ async def show_answers(
                 note(f"[{answer.number + 1}] failed: {answer.error}")
             elif answer.record is not None:
                 records[answer.number] = answer.record
+                keep_records(records_file, [answer.record])
                 print(f"[{answer.number + 1}] {answer.record.text}", flush=True)
     done = [records[number] for number in sorted(records)]
     tokens = sum(len(record.token_ids) for record in done)

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitwise_llm.cli.options import JsonFile, app, bench, out, report, tell
+from splitwise_llm.cli.options import JsonFile, app, bench, note, out, report, tell
 from splitwise_llm.cli.output import whole
 from splitwise_llm.errors import SpecError
 
 if TYPE_CHECKING:
     from splitwise_llm.sim.scenarios import Recordings
 
+REPLAYED = ("requests", "TTFT ms", "ms/token", "total s", "p95 s", "device J", "moves")
+
 
 @app.command()
 def simulate(
-    scenario: Annotated[str, typer.Option(help="As in flaky-wan; `splitwise bench scenarios` runs them all.")],
     out_file: Annotated[Path, typer.Option("--out", help="Where to write a line of JSON per request.")],
-    policy: Annotated[str, typer.Option(help="Who decides, as in cloud-only, neurosurgeon or drift.")] = "drift",
+    scenario: Annotated[
+        str, typer.Option(help="As in flaky-wan; `splitwise bench scenarios` runs them all.", show_default=False)
+    ] = "",
+    from_records: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of a scenario: what `generate --records` kept of live sessions; repeatable."),
+    ] = None,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Who decides, as in cloud-only, neurosurgeon or drift.",
+            show_default="drift; with --from-records only those who decided live",
+        ),
+    ] = "",
     case: Annotated[str, typer.Option(help="Device and model, as in orin-7b; default: the scenario's first.")] = "",
     traces: Annotated[
         Path | None, typer.Option(help="Folder of recorded links: manifest.csv, or *up*, and *down*, *rtt* if any.")
@@ -34,8 +51,20 @@ def simulate(
     acceptance: Annotated[float, typer.Option(min=0.0, max=0.99, help="Of drafted tokens; assumed.")] = 0.6,
     plain: Annotated[bool, typer.Option(help="Without int8 wire, prefill chunks and drafts.")] = False,
 ) -> None:
-    """Run a scenario under a policy and write what became of every request."""
+    """Run a scenario under a policy, or live sessions again, and write what became of every request."""
     import numpy as np
+
+    if from_records:
+        if scenario or case or traces or requests or recording or cut_gaps or plain:
+            raise SpecError(
+                "--from-records brings requests, links and machines of its own; leave out --scenario, --case, "
+                "--traces, --recording, --requests, --cut-gaps and --plain"
+            )
+        _replay(from_records, policy, out_file)
+        return
+    if not scenario:
+        raise SpecError("nothing to simulate: give --scenario NAME, or --from-records FILE of live sessions")
+    policy = policy or "drift"
 
     from splitwise_llm.bench.cells import TOOLS, Setting, Size
     from splitwise_llm.observation import PLAIN
@@ -72,6 +101,38 @@ def simulate(
         f"{records.decisions} decisions in {time.perf_counter() - begin:.1f} s; records in {out_file}",
     )
     out.print("\n".join(said), markup=False)
+
+
+def _replay(files: Sequence[Path], policy: str, out_file: Path) -> None:
+    """Play live sessions again, print means beside what was measured, and write every request. Raises UserError."""
+    from rich.table import Column, Table
+
+    from splitwise_llm.bench.replaying import compare
+    from splitwise_llm.sim.replay import courses_from_records
+
+    with whole(out_file) as part:
+        assert part is not None
+        courses = courses_from_records(files)
+        for course in courses:
+            link = course.scenario.link.classes[0]
+            lost_s = sum(stop - start for start, stop in course.outages)
+            tell(
+                f"{course.name}: {len(course.requests)} requests in {course.recordings.up.period_s:.1f} s; link rtt "
+                f"{1e3 * link.rtt_s:.1f} ms, {8e-6 * link.up_bytes_per_s:.1f} Mbit/s up and "
+                f"{8e-6 * link.down_bytes_per_s:.1f} down (medians), silent for {lost_s:.1f} s"
+            )
+        compared = compare(courses, policy)
+        with part.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in compared.lines())
+    for name, why in compared.unplanned.items():
+        note(f"{name} is not played again: {why}")
+    table = Table("", *(Column(head, justify="right") for head in REPLAYED))
+    for row in compared.rows:
+        figures = (1e3 * row.ttft_s, 1e3 * row.tpot_s, row.total_s, row.p95_s, row.device_j)
+        shown = [f"{value:.4g}" if math.isfinite(value) else "-" for value in figures]
+        table.add_row(row.name, str(row.requests), *shown, str(row.moves))
+    out.print(table)
+    out.print(f"means; per request in {out_file}", markup=False)
 
 
 def _recordings(traces: Path | None, recording: str, requests: Path | None, cut_gaps: bool) -> Recordings:

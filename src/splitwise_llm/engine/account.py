@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from splitwise_llm import plan as plans
+from splitwise_llm.cost.drafting import acceptance_of
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine.journal import Journal
 from splitwise_llm.engine.post import Extent, Post
 from splitwise_llm.engine.walk import Walker
 from splitwise_llm.errors import BrokenInvariant
 from splitwise_llm.plan import DEVICE, Crossings, Kind
-from splitwise_llm.records import Event, Interval, MachineRecord, Prediction, RequestRecord, RunRecord
+from splitwise_llm.records import Event, Interval, MachineRecord, Prediction, RequestRecord, RunRecord, Setup
 from splitwise_llm.wire.messages import Halted
 
 
@@ -76,8 +77,11 @@ class Run:
     def record(self, names: Sequence[str]) -> RunRecord:
         """As it is kept."""
         extent, text = self.extent, self.decision.partition.text(names)
-        wire, tokens = self.decision.wire, len(self.depths)
-        return RunRecord(extent.run, text, wire, extent.start, extent.known, tokens, self.at_s, self.why, self.ended)
+        decision, tokens = self.decision, len(self.depths)
+        return RunRecord(
+            extent.run, text, decision.wire, extent.start, extent.known, tokens, self.at_s, self.why, self.ended,
+            decision.prefill_chunk, decision.draft, decision.prefill_wire or "",
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -92,11 +96,22 @@ class Account:
     peak_memory_bytes: dict[int, int] = field(default_factory=dict)
     start_s: float = field(default_factory=time.monotonic)
     """When the prompt was handed over."""
+    start_unix_s: float = field(default_factory=time.time)
+    """The same by the wall clock."""
     start_j: float | None = None
     """What the device had drawn by then."""
     open_s: float = 0.0
     predicted: Prediction | None = None
     is_degraded: bool = False
+
+    @property
+    def acceptance(self) -> float | None:
+        """Of a drafted token, by what rounds made of the lengths that were decided; what was not proposed counts as
+        wrong. None: no round was to be drafted."""
+        drafted = [run for run in self.runs if run.decision.draft and run.rounds]
+        lengths = [run.decision.draft for run in drafted for _ in run.rounds]
+        made = sum(tokens for run in drafted for _, tokens in run.rounds)
+        return acceptance_of(made, lengths) if lengths else None
 
     def record(
         self,
@@ -106,6 +121,7 @@ class Account:
         text: str,
         emulated: Mapping[int, str],
         joules: tuple[float | None, str],
+        setup: Setup | None = None,
     ) -> RequestRecord:
         """The record of a generation whose last `made` tokens this process saw."""
         since_s = time.monotonic() - self.start_s - journal.now_s  # from the journal's time to that of the record
@@ -138,6 +154,7 @@ class Account:
             device_j=None if joules[0] is None or self.start_j is None else joules[0] - self.start_j,
             device_j_from=joules[1],
             is_degraded=self.is_degraded or bool(journal.failed) or any(run.ended for run in self.runs),
+            setup=setup,
         )
 
     def _machines(self, emulated: Mapping[int, str]) -> tuple[MachineRecord, ...]:

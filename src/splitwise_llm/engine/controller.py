@@ -15,6 +15,7 @@ from splitwise_llm.decision import Decision
 from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.drafting import Drafting
 from splitwise_llm.engine.greeting import ECHOES, Greeted
+from splitwise_llm.engine.link_log import LinkLog
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.meters import battery_share
 from splitwise_llm.engine.post import Extent
@@ -35,7 +36,7 @@ from splitwise_llm.observation import Always, Observation, Occasion, Placement, 
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.rebuild import Fill, Holdings, Way, gaps
-from splitwise_llm.records import Prediction
+from splitwise_llm.records import HostRecord, Prediction, Setup
 from splitwise_llm.spec import LinkSpec
 
 EPOCH_TOKENS, EPOCH_S = 16, 1.0
@@ -75,6 +76,8 @@ class Controller:
     adverts: dict[int, Advert] = field(default_factory=dict)
     joined: frozenset[int] = frozenset()
     """Workers at which the session is open."""
+    log: LinkLog = field(default_factory=LinkLog)
+    """What was measured, for the record."""
     began_s: float = field(default_factory=time.monotonic)
     _links: dict[int, ClassWatch] = field(default_factory=dict)
     _loads: dict[int, ClassWatch] = field(default_factory=dict)
@@ -150,6 +153,8 @@ class Controller:
     def measured(self, number: int, figures: LinkFigures, advert: Advert | None) -> None:
         """News of a link and a worker; a change of class is a reason to ask."""
         self.figures[number] = figures
+        others = max(advert.sessions - (number in self.joined), 0) if advert else 0
+        self.log.add(number, time.monotonic(), figures, advert, others)
         if number not in self._links:  # compared with what the policy was shown of it at first
             rates, greeted = self.rates.get((DEVICE, number), ASSUMED), self.greeted.get(number)
             self._links[number] = link_watch()
@@ -247,6 +252,22 @@ class Controller:
                 occasion = other if occasion is Occasion.EPOCH else occasion
             if occasion is not Occasion.EPOCH or self._since_token:
                 return occasion
+
+    # For the record
+
+    def setup(self, start_s: float, start_unix_s: float, acceptance: float | None) -> Setup:
+        """What the request was decided in, its prompt handed over then: by the monotonic clock, and the wall's.
+        `acceptance` was measured; None: as it was priced."""
+        seen = self._seen
+        if acceptance is None:
+            acceptance = self.drafting.as_priced.acceptance if self.drafting else 0.0
+        hosts = self._survey.answered if self._survey else ()
+        return Setup(
+            start_unix_s, self.request.max_new_tokens, self.machine.spec, self.machine.checkpoint.fingerprint,
+            tuple(self.names), tuple(HostRecord(h.device, h.dtype, h.weights, h.stretch) for h in hosts),
+            seen.tools if seen else None, self.limits.floor, acceptance,
+            self.log.samples(self.names, start_s),
+        )  # fmt: skip
 
     # Prices
 

@@ -252,7 +252,7 @@ class Generation:
             if self._is_fresh:
                 self._journal.discard()  # nothing is lost, and the next try may have the name
             raise
-        self._account.start_s = time.monotonic()
+        self._account.start_s, self._account.start_unix_s = time.monotonic(), time.time()
         self._account.start_j = self._device.machine.joules[0]
         self._account.open_s = self._account.start_s - start
         if run:
@@ -516,8 +516,10 @@ class Generation:
         emulated = {n: peer.greeted.welcome.emulated for n, peer in self._peers.items() if peer.greeted}
         emulated[DEVICE] = self._device.machine.emulated
         made = len(self.ids) - self._begun_at
-        self._record = self._account.record(
-            self._journal, self.decision, made, self.text, emulated, self._device.machine.joules
+        account = self._account
+        setup = self._controller.setup(account.start_s, account.start_unix_s, account.acceptance)
+        self._record = account.record(
+            self._journal, self.decision, made, self.text, emulated, self._device.machine.joules, setup
         )
 
     async def _leave(self) -> None:

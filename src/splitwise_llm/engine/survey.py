@@ -137,6 +137,13 @@ class Survey:
             if {a, b} <= {DEVICE, *self.greeted}
         )  # fmt: skip
 
+    @property
+    def answered(self) -> tuple[Host, ...]:
+        """The machines that answered, the device first, as they are priced; none where not all of them are profiled."""
+        hosts = [self._host(number) for number in (DEVICE, *sorted(self.greeted))]
+        known = tuple(host for host in hosts if host is not None)
+        return known if len(known) == len(hosts) else ()
+
     def _source(self, pair: Pair) -> str:
         figures = self.figures.get(pair[1]) if pair[0] == DEVICE else None
         if figures is not None and math.isfinite(max(figures.up_age_s, figures.down_age_s)):

@@ -106,7 +106,7 @@ def draw(params: Params, seed: int, numbers: Sequence[int], requests: int, sprea
         prompt.astype(np.int64),
         output.astype(np.int64),
         predicted,
-        _nearest(prompt, params.prompt_classes),
+        nearest_class(prompt, params.prompt_classes),
         np.stack([world[4] for world in worlds]),
         link,
         meaning,
@@ -202,7 +202,7 @@ def _recorded(arrivals: Arrivals, seed: int, number: int, shape: tuple[int, int]
     return times, prompt, np.array([float(request.output_tokens) for request in requests])[place]
 
 
-def _nearest(prompt: Floats, classes: tuple[int, ...]) -> Ints:
+def nearest_class(prompt: Floats, classes: tuple[int, ...]) -> Ints:
     """The class whose prompt is nearest by ratio."""
     if not classes:
         return np.zeros(prompt.shape, np.int64)
@@ -210,4 +210,4 @@ def _nearest(prompt: Floats, classes: tuple[int, ...]) -> Ints:
     return np.searchsorted(borders, prompt).astype(np.int64)
 
 
-__all__ = ["Path", "Traces", "day", "draw", "exchanged", "exponentials", "uniforms"]
+__all__ = ["Path", "Traces", "day", "draw", "exchanged", "exponentials", "nearest_class", "uniforms"]
