@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from splitwise_llm.cli.options import app, out, tell
 from splitwise_llm.errors import SpecError
+
+if TYPE_CHECKING:
+    from splitwise_llm.learn.courses import Course
 
 
 class Learner(StrEnum):
@@ -39,6 +42,12 @@ def train(
     start: Annotated[Path | None, typer.Option(help="Of high: weights to begin at; default: neutral knobs.")] = None,
     processes: Annotated[int, typer.Option(min=1, max=64, help="Of high; the weights are the same.")] = 1,
     device: Annotated[str, typer.Option(help="Of high: where the network learns, cpu or cuda.")] = "cpu",
+    from_records: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Of high: records of live sessions to learn in, too, from the shipped weights on; repeatable."
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where the folder holds a run.")] = False,
 ) -> None:
     """Train a policy; stopped, it goes on where it was. Curves: `tensorboard --logdir DIR/curves`."""
@@ -51,23 +60,47 @@ def train(
         for name in MADE:
             (folder / name).unlink(missing_ok=True)
     if learner is Learner.HIGH:
-        weights = _high(config, folder, seed, start, processes, device)
+        weights = _high(config, folder, seed, start, processes, device, from_records or [])
     else:
-        if config != "default" or start or processes > 1 or device != "cpu":
-            raise SpecError(f"--config, --start, --processes and --device are for --learner high, not {learner}")
+        if config != "default" or start or processes > 1 or device != "cpu" or from_records:
+            raise SpecError(
+                f"--config, --start, --processes, --device and --from-records are for --learner high, not {learner}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         with SummaryWriter(str(folder / "curves")) as writer:
             weights = _low(folder, seed or 0, writer) if learner is Learner.LOW else _paper(folder, seed or 0, writer)
     out.print(f"weights: {weights}; curves: tensorboard --logdir {folder / 'curves'}", markup=False)
 
 
-def _high(config: str, folder: Path, seed: int | None, start: Path | None, processes: int, device: str) -> Path:
+def _high(
+    config: str, folder: Path, seed: int | None, start: Path | None, processes: int, device: str, lived: list[Path]
+) -> Path:
     from splitwise_llm.learn.train import read_config
     from splitwise_llm.learn.train import train as learn
+    from splitwise_llm.policies.mind import shipped
     from splitwise_llm.policies.network import Network
 
-    given = Network.load(start) if start else None
-    return learn(read_config(config, seed), folder, tell, start=given, processes=processes, device=device)
+    given = Network.load(start) if start else shipped() if lived else None
+    more = _lived(lived) if lived else []
+    return learn(read_config(config, seed), folder, tell, start=given, more=more, processes=processes, device=device)
+
+
+def _lived(files: list[Path]) -> list[Course]:
+    """Live sessions as courses. Raises what reading them raises."""
+    from dataclasses import replace
+
+    from splitwise_llm.bench.replaying import Replay
+    from splitwise_llm.learn.courses import Course
+    from splitwise_llm.policies.guided import Guide
+    from splitwise_llm.sim.params import NEVER_S
+    from splitwise_llm.sim.replay import courses_from_records
+
+    courses = []
+    for one in courses_from_records(files):
+        params = replace(Replay(one).params, sample_s=NEVER_S)
+        guide = Guide(one.tools, one.scenario.limits, arrivals_per_s=one.case.per_s)
+        courses.append(Course(one.name, params, guide))
+    return courses
 
 
 def _low(folder: Path, seed: int, writer: object) -> Path:
