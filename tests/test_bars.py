@@ -15,6 +15,12 @@ DICE = np.random.default_rng(3)
 BASE = DICE.uniform(1.0, 3.0, (6, 40))
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits as wide, from fewer draws."""
+    monkeypatch.setattr("splitwise_llm.bench.outcome.RESAMPLES", 60)
+
+
 def outcome(times: float = 1.0, joules: float = 1.0, nats: float = 0.0) -> Outcome:
     return Outcome(times * BASE, joules * BASE, 2 * joules * BASE, np.full_like(BASE, nats))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from splitwise_llm.observation import PLAIN, Chooser, Menu, Tools
 from splitwise_llm.policies import POLICIES
 from splitwise_llm.policies.choosers import Fixed, planned
 from splitwise_llm.policies.menus import menu
-from splitwise_llm.policies.mind import Mind, Splitwise
+from splitwise_llm.policies.mind import Mind, Splitwise, Tally
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
 from splitwise_llm.policies.planners import Planner, typical
 from splitwise_llm.policies.tuned import Tuned
@@ -92,6 +92,7 @@ class Setting:
     weights: Mapping[str, Path] = field(default_factory=dict)
     """Of rows `splitwise@NAME`."""
     _results: dict[str, Records] = field(default_factory=dict)
+    _choosers: dict[str, Chooser] = field(default_factory=dict)
     _minds: dict[str, Mind] = field(default_factory=dict)
 
     @property
@@ -134,22 +135,21 @@ class Setting:
     def chooser(self, policy: str) -> Chooser:
         """A policy by its name, with `+tools` where it has them. Raises RequestError where it has no plan here,
         ModelError where its weights are missing."""
-        found = self._made(policy)
-        for table in self.tables:
-            found.choose(idle_question(table))  # says now, not after minutes, that it has no plan
-        return found
-
-    def _made(self, policy: str) -> Chooser:
-        name, tools = (policy.removesuffix(WITH_TOOLS), TOOLS) if policy.endswith(WITH_TOOLS) else (policy, PLAIN)
-        return chooser_of(name, tools, self.limits, self.case.per_s, self.weights)
+        if policy not in self._choosers:
+            name, tools = (policy.removesuffix(WITH_TOOLS), TOOLS) if policy.endswith(WITH_TOOLS) else (policy, PLAIN)
+            found = chooser_of(name, tools, self.limits, self.case.per_s, self.weights)
+            for table in self.tables:
+                found.choose(idle_question(table))  # says now, not after minutes, that it has no plan
+            self._choosers[policy] = found
+        return self._choosers[policy]
 
     def run(self, policy: str) -> Records:
         """Simulate a policy on the traces; kept, for pairing."""
         if policy not in self._results:
-            chooser = self.best_static(policy) if policy.startswith(HINDSIGHT) else self._made(policy)
+            chooser = self.best_static(policy) if policy.startswith(HINDSIGHT) else self.chooser(policy)
+            if isinstance(chooser, Mind):  # its tables are kept, its counts begin with the traces
+                chooser = self._minds[policy] = replace(chooser, tally=Tally())
             self._results[policy] = simulate(self.params, self.traces, chooser)
-            if isinstance(chooser, Mind):
-                self._minds[policy] = chooser
         return self._results[policy]
 
     def turned(self, policy: str) -> tuple[float, dict[str, float]] | None:

@@ -49,7 +49,7 @@ def bench_scenarios(
 
     if cut_gaps and not (traces and requests):
         raise RequestError("--cut-gaps is of recordings: give --traces DIR and --requests FILE, too")
-    usual = Size(8, 60, 12) if quick else Size(32, 70, 20)
+    usual = Size(8, 50, 10) if quick else Size(32, 70, 20)
     size = Size(worlds or usual.traces, requests_per_trace or usual.requests, usual.fixed_requests)
     grid = Grid(quick, tuple(scenario or ()), size, traces, requests, seed, keep, cut_gaps, weights)
     with whole(html) as page, whole(csv) as table, whole(json_file) as figures, whole(bars) as judged:
