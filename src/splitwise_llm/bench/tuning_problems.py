@@ -11,27 +11,36 @@ from dataclasses import replace
 from functools import partial
 
 from splitwise_llm.bench.cells import TOOLS, Setting, Size
+from splitwise_llm.cost import Table, bill
 from splitwise_llm.learn.tuning import Problem
 from splitwise_llm.observation import PLAIN
+from splitwise_llm.policies.planners import PLANNERS
 from splitwise_llm.sim.params import SharedCloud
-from splitwise_llm.sim.scenarios import SCENARIOS, TRAIN, Case, Scenario
+from splitwise_llm.sim.scenarios import SCENARIOS, TRAIN, Case, Scenario, worlds
 
 CROWD = 6
 """Devices of a small crowd."""
 
 
 def small(scenario: Scenario, case: Case) -> tuple[Scenario, Case]:
-    """The same with at most CROWD devices, a shared cloud shrunk with them."""
-    share = min(CROWD / scenario.num_devices, 1.0)
+    """The same with at most CROWD devices, a shared cloud shrunk with them. A small batch is faster than a large one;
+    devices ask as much more often, so that as many of the sessions are taken."""
+    cloud, share = case.cloud or scenario.cloud, CROWD / scenario.num_devices
+    if share >= 1 or not isinstance(cloud, SharedCloud):
+        return replace(scenario, num_devices=min(scenario.num_devices, CROWD)), case
+    sessions = math.ceil(share * cloud.sessions)
+    faster = _cloud_s(scenario, case, cloud.sessions) / _cloud_s(scenario, case, sessions)
+    fewer = replace(case, cloud=replace(cloud, sessions=sessions), per_s=case.per_s * faster)
+    return replace(scenario, num_devices=CROWD), fewer
 
-    def shrunk(cloud: object) -> SharedCloud | None:
-        return replace(cloud, sessions=math.ceil(share * cloud.sessions)) if isinstance(cloud, SharedCloud) else None
 
-    scenario = replace(scenario, num_devices=min(scenario.num_devices, CROWD))
-    return (
-        replace(scenario, cloud=shrunk(scenario.cloud) or scenario.cloud),
-        replace(case, cloud=shrunk(case.cloud) or case.cloud),
-    )
+def _cloud_s(scenario: Scenario, case: Case, batch: int) -> float:
+    """A request of the first kind of device, as much as may be of it in a cloud that works on so many."""
+    world, job = worlds(scenario, case)[0]
+    planner = next(row for row in PLANNERS if row.name == "cloud-only")
+    plan = planner.decisions(world, job, PLAIN, scenario.limits)[0]
+    times = Table(world, [bill(world, plan, job)]).at(world.conditions({1: world.load(1, batch, 0.0)})).total_s
+    return float(times[0])
 
 
 def problems(scenarios: Sequence[Scenario] = SCENARIOS) -> Iterator[Problem]:

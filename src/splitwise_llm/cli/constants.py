@@ -26,7 +26,7 @@ def bench_constants(
     """One vector of constants for all scenarios, tuned by CMA-ES on training traces."""
     from splitwise_llm.bench.tuning_problems import problems as all_problems
     from splitwise_llm.cli.output import whole
-    from splitwise_llm.learn.tuning import Settings, checked, told, tune, write_constants
+    from splitwise_llm.learn.tuning import Settings, accepted, checked, told, tune, write_constants
     from splitwise_llm.sim.scenarios import SCENARIOS, find_scenario
 
     chosen = [find_scenario(name) for name in scenario] if scenario else SCENARIOS
@@ -37,5 +37,8 @@ def bench_constants(
         outcome = tune(these, settings, tell, keep)
         looked_at = these if check_traces else []
         ratios = checked(looked_at, outcome.constants, check_traces, settings.requests, tell)
+        found, outcome = outcome, accepted(outcome, ratios)
+        if outcome != found:
+            out.print(f"no better than neutral on the checking traces, which are kept: {told(found.constants)}")
         write_constants(part, settings, outcome, dict(zip((one.name for one in looked_at), ratios, strict=True)))
     out.print(f"{told(outcome.constants)}; {outcome.generations} generations, {outcome.decisions} decisions")

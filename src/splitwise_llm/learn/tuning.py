@@ -193,6 +193,14 @@ def checked(problems: Sequence[Problem], constants: Constants, traces: int, requ
     return ratios
 
 
+def accepted(outcome: Outcome, ratios: Sequence[float]) -> Outcome:
+    """The same, or with neutral constants where what was found is, by the geometric mean of the check, no better: a
+    short search mostly finds what its own traces had by chance."""
+    if ratios and float(np.exp(np.mean(np.log(ratios)))) >= 1.0:
+        return replace(outcome, constants=Constants())
+    return outcome
+
+
 def write_constants(file: Path, settings: Settings, outcome: Outcome, ratios: dict[str, float]) -> None:
     """The vector, and how it came about."""
     data = {
