@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from splitwise_llm.bench.cells import Size, mean_estimate, ratio
-from splitwise_llm.bench.claims import claims_of
-from splitwise_llm.bench.scenarios import Grid, _keep, _read_kept, cell_from, scalings
+from networks import steady_network
+from splitwise_llm.bench import scenarios
+from splitwise_llm.bench.cells import Setting, Size, mean_estimate
+from splitwise_llm.bench.claims import claims_of, judged
+from splitwise_llm.bench.outcome import Outcome, compared, ratio, together
+from splitwise_llm.bench.scenarios import CAUSAL, CLAIRVOYANT, Grid, cell_from, figures_of, run_grid, scalings
+from splitwise_llm.bench.variants import VARIANTS, digest_of, is_ours, weight_files
+from splitwise_llm.cost import Table
+from splitwise_llm.errors import RequestError, SpecError
+from splitwise_llm.page import to_csv
 from splitwise_llm.records import Cell, Estimate
+from splitwise_llm.sim.params import CloudProcess
+from splitwise_llm.sim.scenarios import HEAVY, SCENARIOS, Case, find_scenario
 
 
 def cell(policy: str, mean_s: float) -> Cell:
@@ -19,16 +29,144 @@ def cell(policy: str, mean_s: float) -> Cell:
     return Cell("healthy-cloud", "orin-7b", policy, 1, 10, figures, (1.0, 2.0), {"cloud": 1.0}, (0.0,), {"up": (0.0,)})
 
 
-def test_cells_are_kept_for_the_same_settings_and_for_no_others(tmp_path: Path) -> None:
-    grid, file = Grid(keep=tmp_path), tmp_path / "a.json"
-    _keep(grid, file, [cell("drift", 1.0).to_dict()])
-    kept = _read_kept(grid, file)
-    assert kept is not None
-    assert [cell_from(one) for one in kept] == [cell("drift", 1.0)]
-    assert _read_kept(replace(grid, seed=1), file) is None
-    assert _read_kept(replace(grid, size=Size(2, 3, 1)), file) is None
-    file.write_text(file.read_text()[:40])
-    assert _read_kept(grid, file) is None
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Neutral ones, ones that make the cloud dear, and ones that know nothing they see."""
+    folder = tmp_path / "weights"
+    steady_network().save(folder / "neutral.npz")
+    steady_network({"cloud": 4}).save(folder / "dear.npz")
+    steady_network({"device": 4}, seen=-2.0).save(folder / "lost.npz")
+    return folder
+
+
+CASES = (Case(("orin-nx-16gb",), "gpt2-xl", 0.2),)
+FLAKY = replace(find_scenario("flaky-wan"), cases=CASES, cloud=CloudProcess((HEAVY,)))
+
+
+@cache
+def tables() -> tuple[Table, ...]:
+    return Setting(FLAKY, FLAKY.cases[0], Size(1, 1, 1)).tables
+
+
+def small(folder: Path) -> Setting:
+    """One case; its tables are made once."""
+    setting = Setting(FLAKY, FLAKY.cases[0], Size(2, 10, 5), weights=weight_files(folder))
+    setting.__dict__["tables"] = tables()
+    return setting
+
+
+# Dies when guided.py says `knobs is None` for `knobs is not None`.
+@pytest.mark.parametrize("tools", ["", "+tools"])
+def test_neutral_weights_are_exact_drift_plus_penalty_in_every_request(weights: Path, tools: str) -> None:
+    setting = small(weights)
+    plain, neutral, dear = (setting.run(name + tools) for name in ("drift", "splitwise@neutral", "splitwise@dear"))
+    assert np.array_equal(plain.total_s, neutral.total_s)
+    assert np.array_equal(plain.last_plan, neutral.last_plan)
+    assert tools or not np.array_equal(plain.total_s, dear.total_s)  # with tools the cloud is not used at all
+
+
+def test_a_cell_says_how_often_it_fell_back_and_which_knobs_it_turned(weights: Path) -> None:
+    setting = small(weights)
+    assert setting.turned("drift") is None
+    made = {name: scenarios.cell(setting, f"splitwise@{name}") for name in ("neutral", "dear", "lost")}
+    assert made["neutral"].knobs == {}
+    assert made["neutral"].metrics["fallback_share"].value == 0.0
+    assert made["dear"].knobs == {"cloud x4": 1.0}
+    assert made["lost"].knobs == {}
+    assert made["lost"].metrics["fallback_share"].value == 1.0
+    figures = figures_of(list(made.values()), {}).figures
+    assert figures["flaky-wan.orin-gpt2xl/splitwise@dear/knob cloud x4"] == 1.0
+    means = [one.metrics["mean_s"].value for one in made.values()]
+    assert figures["flaky-wan.orin-gpt2xl/splitwise@seeds/mean_s"] == pytest.approx(np.mean(means))
+    assert figures["flaky-wan.orin-gpt2xl/splitwise@seeds/mean_s_most"] == max(means)
+    assert "knob cloud x4,1.0" in to_csv([made["dear"]])
+    assert cell_from(made["dear"].to_dict()) == made["dear"]
+
+
+def test_a_folder_without_weights_and_names_of_none_are_refused(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="has no weights"):
+        weight_files(tmp_path / "nowhere")
+    with pytest.raises(RequestError, match="no weights 'other'; there are dear, lost, neutral"):
+        small(weights).chooser("splitwise@other")
+
+
+def test_forms_of_ours_are_no_rivals_of_ours() -> None:
+    assert all(is_ours(one.name + tools) for one in VARIANTS for tools in ("", "+tools"))
+    assert is_ours("splitwise@seed1+tools")
+    assert not any(is_ours(name) for name in ("drift", "tuned+tools", "splitwise-paper", "cloud-only"))
+    assert judged(["drift", "splitwise+tools"]) == "splitwise"
+    assert judged(["drift"]) == "drift"
+
+
+def test_every_row_of_the_grid_has_the_learned_policies_and_all_names_are_known(weights: Path) -> None:
+    for grid in (Grid(weights=weights), Grid(quick=True, weights=weights)):
+        for scenario in SCENARIOS:
+            policies = grid.policies(scenario)
+            assert len(set(policies)) == len(policies)
+            assert {"splitwise", "tuned", "splitwise@dear"} <= set(policies)
+            assert ("splitwise+tools" in policies) == (scenario.num_devices <= scenarios.CROWD)
+
+
+def test_only_a_learned_policys_cells_depend_on_its_weights(weights: Path) -> None:
+    files = weight_files(weights)
+    before = {name: digest_of(name, files) for name in ("drift+tools", "tuned", "splitwise@dear+tools")}
+    steady_network({"link": 0}).save(weights / "dear.npz")
+    assert before["drift+tools"] == ""
+    assert before["tuned"]
+    assert digest_of("splitwise@dear+tools", files) != before["splitwise@dear+tools"]
+    assert digest_of("splitwise@neutral", files) != digest_of("splitwise@lost", files)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid of one case and three policies."""
+    monkeypatch.setattr(scenarios, "SCENARIOS", (FLAKY,))
+    monkeypatch.setattr(Setting, "tables", property(lambda self: tables()))
+    monkeypatch.setattr(scenarios, "RIVALS", ("cloud-only", "drift"))
+    monkeypatch.setattr(scenarios, "ABLATED", ())
+
+
+def test_cells_are_kept_one_by_one_and_a_missing_one_alone_is_made_again(
+    tiny: None, tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Grid(size=Size(2, 10, 5), keep=tmp_path / "keep", weights=weights)
+    first = run_grid(grid, lambda text: None)
+    folder = tmp_path / "keep" / "flaky-wan.orin-gpt2xl"
+    assert (folder / "cloud-only+tools.json").exists()
+    outcomes = first.outcomes["flaky-wan", "orin-gpt2xl"]
+    assert {CAUSAL, CLAIRVOYANT, "drift", "splitwise@neutral+tools"} <= set(outcomes)
+    assert (outcomes["drift"].mean() >= outcomes[CLAIRVOYANT].mean() - 1e-6).all()
+    assert compared(outcomes["splitwise@neutral"], outcomes["drift"], "p95_s") == Estimate(1.0, 1.0, 1.0)
+    (folder / "drift.json").write_text((folder / "drift.json").read_text()[:40])
+    ran: list[str] = []
+    run = Setting.run
+    monkeypatch.setattr(Setting, "run", lambda self, policy: ran.append(policy) or run(self, policy))
+    again = run_grid(grid, lambda text: None)
+    assert set(ran) == {"drift"}
+
+    def steady(cells: list[Cell]) -> list[Cell]:  # all but how long decisions took
+        return [replace(one, metrics={k: v for k, v in one.metrics.items() if "ms" not in k}) for one in cells]
+
+    assert steady(again.cells) == steady(first.cells)
+    steady_network({"cloud": 0}).save(weights / "lost.npz")
+    ran.clear()
+    run_grid(grid, lambda text: None)
+    assert set(ran) == {"splitwise@lost", "splitwise@lost+tools"}
+    for other in (replace(grid, seed=1), replace(grid, size=Size(2, 11, 5)), replace(grid, cut_gaps=True)):
+        assert other.shelf.read("flaky-wan.orin-gpt2xl/drift") is None
+    assert grid.shelf.read("flaky-wan.orin-gpt2xl/drift") is not None
+
+
+def test_ratios_of_outcomes_are_paired_and_leave_out_what_does_not_count() -> None:
+    total = np.array([[np.nan, 1.0, 3.0], [np.nan, 2.0, 6.0]])
+    one = Outcome(total, 2 * total, total, total)
+    twice = Outcome(2 * total, total, total, total)
+    assert one.mean() == pytest.approx([2.0, 4.0])
+    assert one.quantile(0.5) == 2.5
+    assert compared(twice, one, "mean_s") == Estimate(2.0, 2.0, 2.0)
+    assert compared(twice, one, "device_j") == Estimate(0.5, 0.5, 0.5)
+    assert together([(twice, one), (one, one)], "p95_s").value == pytest.approx(2**0.5)
+    assert Outcome.from_dict(one.to_dict()).mean("device_j") == pytest.approx([4.0, 8.0])
 
 
 @pytest.mark.parametrize(("drift_s", "holds"), [(1.005, True), (1.02, False)])

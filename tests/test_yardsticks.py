@@ -11,11 +11,13 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+from networks import steady_network
 from sim.worlds import CLOUD, CUT, EDGE, STEADY, Exact, Only, U, table, world
 from splitwise_llm.bench import yardsticks
 from splitwise_llm.bench.causal import Causal
 from splitwise_llm.bench.clairvoyant import clairvoyant_bound, least_cost
 from splitwise_llm.bench.iteration import Classes, Step
+from splitwise_llm.bench.kept import Shelf
 from splitwise_llm.bench.yardsticks import ROWS, Drift, Size, causal_row, find_row, run_yardsticks
 from splitwise_llm.cli import app
 from splitwise_llm.cost import Job, Limits, Table
@@ -298,6 +300,31 @@ def test_a_row_orders_its_policies(w_energy: float) -> None:
     means = {name: one.value for name, one in result.means.items()}
     assert means["clairvoyant"] <= min(means.values()) + 1e-9
     assert means["causal"] <= 1.01 * min(value for name, value in means.items() if name != "clairvoyant")
+
+
+# Dies when variants.py says `eta=ETA` for `w_energy=w_energy, eta=ETA`.
+@pytest.mark.parametrize("w_energy", [0.0, 0.02])
+def test_neutral_weights_come_to_drift_with_and_without_a_weight_on_energy(w_energy: float, tmp_path: Path) -> None:
+    file = tmp_path / "neutral.npz"
+    steady_network().save(file)
+    name = "splitwise@neutral"
+    result = causal_row(find_row("private-mec-pi5-gpt2"), w_energy, Size(2, 12), [name], {"neutral": file})
+    assert np.array_equal(result.costs[name], result.costs["drift"])
+    assert result.over[f"{name}_over_drift"].value == 1.0
+    assert f"{name}_over_causal" in result.over
+
+
+def test_rows_are_kept_for_the_same_size_and_policies_and_for_no_others(tmp_path: Path) -> None:
+    row, shelf = find_row("stable-orin-7b"), Shelf(tmp_path, "source")
+    first = yardsticks.causal_rows(lambda text: None, [row], (0.0,), Size(2, 10), shelf=shelf)
+    file = tmp_path / "yardsticks" / "stable-orin-7b.json"
+    begun = file.stat().st_mtime_ns
+    again = yardsticks.causal_rows(lambda text: None, [row], (0.0,), Size(2, 10), shelf=shelf)
+    assert file.stat().st_mtime_ns == begun
+    assert again[0].means == first[0].means
+    assert again[0].over == first[0].over
+    yardsticks.causal_rows(lambda text: None, [row], (0.0,), Size(2, 11), shelf=shelf)
+    assert file.stat().st_mtime_ns > begun
 
 
 def test_a_job_of_one_token_has_a_row_too() -> None:

@@ -338,6 +338,8 @@ class Cell:
     """Traces in which no other policy of the case had a smaller mean latency."""
     note: str = ""
     """Why it stopped early, or what could not be run."""
+    knobs: dict[str, float] = field(default_factory=dict)
+    """Of a learned policy: share of the decisions in which a knob was not neutral, by its name and value."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain data."""

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from splitwise_llm.bench.outcome import resampled
+from splitwise_llm.bench.variants import chooser_of
 from splitwise_llm.cost import Job, Limits, Table, World
 from splitwise_llm.cost.terms import Form
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError
-from splitwise_llm.lyapunov import Budgets
 from splitwise_llm.observation import PLAIN, Chooser, Menu, Tools
 from splitwise_llm.policies import POLICIES
-from splitwise_llm.policies.choosers import Fixed, find_chooser, planned
+from splitwise_llm.policies.choosers import Fixed, planned
 from splitwise_llm.policies.layer_chooser import layer_plans
 from splitwise_llm.policies.menus import menu
-from splitwise_llm.policies.mind import Splitwise
+from splitwise_llm.policies.mind import Mind, Splitwise, Tally
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
 from splitwise_llm.policies.per_layer import PerLayer
 from splitwise_llm.policies.planners import Planner, typical
+from splitwise_llm.policies.tuned import Tuned
 from splitwise_llm.records import Cell, Estimate
 from splitwise_llm.sim.draws import Traces, draw
 from splitwise_llm.sim.episode import Records, simulate, slope
@@ -40,7 +43,6 @@ HINDSIGHT = "best-static"
 """The fixed plan with the smallest mean on the very traces it is judged by."""
 TOOLS = Tools((WirePrecision.FP16, WirePrecision.INT8), (None, 32, 128), (0, 1, 2, 3, 4, 6))
 WARM_UP = 0.1
-RESAMPLES = 400
 CURVE_POINTS = 120
 
 
@@ -89,7 +91,11 @@ class Setting:
     split: Split = TEST
     acceptance: float = 0.6
     first_trace: int = 0
+    weights: Mapping[str, Path] = field(default_factory=dict)
+    """Of rows `splitwise@NAME`."""
     _results: dict[str, Records] = field(default_factory=dict)
+    _choosers: dict[str, Chooser] = field(default_factory=dict)
+    _minds: dict[str, Mind] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -115,7 +121,7 @@ class Setting:
                 if isinstance(policy, PerLayer):
                     plans = layer_plans(policy, world, job, tools, self.limits, states, self.case.per_s)
                     extra |= dict.fromkeys(plans)
-                elif not isinstance(policy, (Planner, Splitwise)) and not name.endswith("replanned"):
+                elif not isinstance(policy, (Planner, Splitwise, Tuned)) and not name.endswith("replanned"):
                     try:
                         extra[planned(policy, world, job, tools, self.limits)] = None
                     except RequestError:
@@ -132,19 +138,34 @@ class Setting:
         return draw(self.params, self.split.seed, tuple(numbers), self.size.requests, self.split.spread)
 
     def chooser(self, policy: str) -> Chooser:
-        """A policy by its name, with `+tools` where it has them. Raises RequestError where it has no plan here."""
-        name, tools = (policy.removesuffix(WITH_TOOLS), TOOLS) if policy.endswith(WITH_TOOLS) else (policy, PLAIN)
-        found = find_chooser(name, tools, self.limits, budgets=Budgets(), arrivals_per_s=self.case.per_s)
-        for table in self.tables:
-            found.choose(idle_question(table))  # says now, not after minutes, that it has no plan
-        return found
+        """A policy by its name, with `+tools` where it has them. Raises RequestError where it has no plan here,
+        ModelError where its weights are missing."""
+        if policy not in self._choosers:
+            name, tools = (policy.removesuffix(WITH_TOOLS), TOOLS) if policy.endswith(WITH_TOOLS) else (policy, PLAIN)
+            found = chooser_of(name, tools, self.limits, self.case.per_s, self.weights)
+            for table in self.tables:
+                found.choose(idle_question(table))  # says now, not after minutes, that it has no plan
+            self._choosers[policy] = found
+        return self._choosers[policy]
 
     def run(self, policy: str) -> Records:
         """Simulate a policy on the traces; kept, for pairing."""
         if policy not in self._results:
             chooser = self.best_static(policy) if policy.startswith(HINDSIGHT) else self.chooser(policy)
+            if isinstance(chooser, Mind):  # its tables are kept, its counts begin with the traces
+                chooser = self._minds[policy] = replace(chooser, tally=Tally())
             self._results[policy] = simulate(self.params, self.traces, chooser)
         return self._results[policy]
+
+    def turned(self, policy: str) -> tuple[float, dict[str, float]] | None:
+        """How a learned policy that was run decided: share of the decisions that exact drift plus penalty made in its
+        place, and shares in which each knob was not neutral, the commonest first. None for all others."""
+        mind = self._minds.get(policy)
+        if mind is None:
+            return None
+        tally = mind.tally
+        shares = {name: count / max(tally.decisions, 1) for name, count in tally.turned.most_common()}
+        return tally.fallback_share, shares
 
     def best_static(self, policy: str) -> Chooser:
         """The fixed plan that does best on these traces, among those with the policy's tools: tried on their first
@@ -206,20 +227,6 @@ def mean_estimate(per_trace: Floats, least: float = -np.inf, most: float = np.in
         return Estimate(middle, middle, middle)
     half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
     return Estimate(middle, max(middle - half, least), min(middle + half, most))
-
-
-def resampled(figure: Callable[[NDArray[np.int64]], float], traces: int) -> Estimate:
-    """A figure of all traces and its 95 % limits over traces drawn again with replacement; `figure` is given their
-    numbers. The draws are the same for every policy."""
-    dice = np.random.Generator(np.random.Philox(7))
-    values = [figure(dice.integers(0, traces, traces)) for _ in range(RESAMPLES)]
-    low, high = np.nanquantile(values, (0.025, 0.975))
-    return Estimate(float(figure(np.arange(traces))), float(low), float(high))
-
-
-def ratio(above: Floats, below: Floats) -> Estimate:
-    """Mean over mean, trace by trace paired."""
-    return resampled(lambda at: float(np.nanmean(above[at]) / np.nanmean(below[at])), len(above))
 
 
 def _quantile(records: Records, share: float) -> Estimate:
@@ -299,9 +306,13 @@ def cell(setting: Setting, policy: str, extra: Mapping[str, Estimate] | None = N
     ranks = np.linspace(0, len(totals) - 1, min(CURVE_POINTS, len(totals))).round().astype(int)
     times, series = queues(records)
     figures = metrics(records) | dict(extra or {})
+    turned = setting.turned(policy)
+    if turned is not None:
+        figures["fallback_share"] = Estimate(turned[0], turned[0], turned[0])
     return Cell(
         setting.scenario.name, setting.name, policy, len(records.status), int(counted.sum()), figures,
         tuple(np.round(totals[ranks], 5).tolist()), modes(records), times, series, note=note or _enough(figures),
+        knobs=turned[1] if turned else {},
     )  # fmt: skip
 
 

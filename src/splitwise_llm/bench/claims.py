@@ -5,15 +5,22 @@ A claim whose cells were not run says so. Values decide, not their limits: few t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from splitwise_llm.bench.cells import HINDSIGHT, WITH_TOOLS
+from splitwise_llm.bench.variants import OURS
 from splitwise_llm.page import Claim
 from splitwise_llm.records import Cell, Estimate
 
-OURS = "drift"
+NO_RIVALS = (HINDSIGHT, OURS, "drift", "tuned")
 ByPolicy = Mapping[str, Cell]
 Judge = Callable[[str, ByPolicy], list[Claim]]
+
+
+def judged(cells: Collection[str]) -> str:
+    """The policy that claims are about, of those there are: the learned one, or without its weights drift plus
+    penalty."""
+    return OURS if {OURS, OURS + WITH_TOOLS} & set(cells) else "drift"
 
 
 def _figure(cells: ByPolicy, policy: str, metric: str) -> Estimate | None:
@@ -46,7 +53,7 @@ def _smallest(cells: ByPolicy, policy: str, tools: bool) -> Claim | None:
     rivals = [
         name
         for name in cells
-        if name.endswith(WITH_TOOLS) == tools and name != policy and not name.startswith((HINDSIGHT, OURS))
+        if name.endswith(WITH_TOOLS) == tools and name != policy and not name.startswith(NO_RIVALS)
     ]
     mine = _figure(cells, policy, "mean_s")
     if not mine or not rivals:
@@ -61,13 +68,13 @@ def _smallest(cells: ByPolicy, policy: str, tools: bool) -> Claim | None:
 
 def _healthy_cloud(case: str, cells: ByPolicy) -> list[Claim]:
     wins = [claim for claim in (_smallest(cells, "cloud-only", False),) if claim]
-    return wins + _within_one_percent("healthy-cloud", case, cells, "cloud-only", OURS)
+    return wins + _within_one_percent("healthy-cloud", case, cells, "cloud-only", judged(cells))
 
 
 def _capable_edge(case: str, cells: ByPolicy) -> list[Claim]:
     best = "edge-only" + WITH_TOOLS
     wins = [claim for claim in (_smallest(cells, best, True),) if claim]
-    return wins + _within_one_percent("capable-edge", case, cells, best, OURS + WITH_TOOLS)
+    return wins + _within_one_percent("capable-edge", case, cells, best, judged(cells) + WITH_TOOLS)
 
 
 def _against_cloud(
@@ -75,7 +82,7 @@ def _against_cloud(
 ) -> list[Claim]:
     """p95 of ours with tools over cloud-only's: within the range that is expected of this case."""
     low, high = next((limits for name, limits in expected.items() if case.startswith(name)), (0.0, 1.01))
-    value = _factor(cells, OURS + WITH_TOOLS, "cloud-only", "p95_s")
+    value = _factor(cells, judged(cells) + WITH_TOOLS, "cloud-only", "p95_s")
     text = f"{case}: p95 against cloud-only changes by {100 * (low - 1):+.0f} to {100 * (high - 1):+.0f} %"
     if value is None:
         return [_say(scenario, text, None, bool, "")]
@@ -91,7 +98,7 @@ def _tunnel(case: str, cells: ByPolicy) -> list[Claim]:
 
 
 def _rush_hour(case: str, cells: ByPolicy) -> list[Claim]:
-    value = _factor(cells, "drift-selfish", OURS)
+    value = _factor(cells, "drift-selfish", judged(cells))
     text = f"{case}: the priced policy's mean at least 20 % below the selfish one's"
     must = any(rate in case for rate in ("0.15", "0.2-"))
     if not must:
@@ -103,7 +110,7 @@ def _rush_hour(case: str, cells: ByPolicy) -> list[Claim]:
 def _private(scenario: str, low: float, high: float) -> Judge:
     def judge(case: str, cells: ByPolicy) -> list[Claim]:
         static = "edgeshard-latency"
-        value = _factor(cells, static, OURS + WITH_TOOLS)
+        value = _factor(cells, static, judged(cells) + WITH_TOOLS)
         text = f"{case}: {low:g} to {high:g} times faster than the static fp16 layer plan"
         return [_say(scenario, text, value, lambda v: low <= v <= high, "{:.2f}")]
 
@@ -112,11 +119,11 @@ def _private(scenario: str, low: float, high: float) -> Judge:
 
 def _long_prompt(case: str, cells: ByPolicy) -> list[Claim]:
     claims = []
-    value = _factor(cells, OURS, OURS + WITH_TOOLS)
+    value = _factor(cells, judged(cells), judged(cells) + WITH_TOOLS)
     text = f"{case}: wire precision, chunks and drafting matter"
     claims.append(_say("long-prompt", text, value, lambda v: v > 1.05, "without them {:.2f} times as long"))
     if case.startswith("orin") and case.endswith("-5mbit"):
-        value = _factor(cells, "edge-only" + WITH_TOOLS, OURS + WITH_TOOLS)
+        value = _factor(cells, "edge-only" + WITH_TOOLS, judged(cells) + WITH_TOOLS)
         claims.append(
             _say("long-prompt", f"{case}: edge-only wins", value, lambda v: v <= 1.01, "edge-only {:.3f} of the policy")
         )
@@ -124,7 +131,7 @@ def _long_prompt(case: str, cells: ByPolicy) -> list[Claim]:
 
 
 def _too_big(case: str, cells: ByPolicy) -> list[Claim]:
-    value = _factor(cells, "cloud-only", OURS + WITH_TOOLS)
+    value = _factor(cells, "cloud-only", judged(cells) + WITH_TOOLS)
     text = f"{case}: splitting relieves a rationed cloud"
     return [_say("too-big", text, value, lambda v: v >= 1.0, "cloud-only over the policy {:.2f}")]
 
@@ -141,13 +148,13 @@ def _peer_lan(case: str, cells: ByPolicy) -> list[Claim]:
 
 
 def _day(case: str, cells: ByPolicy) -> list[Claim]:
-    value = _factor(cells, HINDSIGHT + WITH_TOOLS, OURS + WITH_TOOLS)
+    value = _factor(cells, HINDSIGHT + WITH_TOOLS, judged(cells) + WITH_TOOLS)
     text = f"{case}: adapting beats any constant plan by at least 3 %"
     return [_say("day", text, value, lambda v: v >= 1.03, "{:.3f} times faster than the best constant plan")]
 
 
 def _real_traces(case: str, cells: ByPolicy) -> list[Claim]:
-    value = _factor(cells, HINDSIGHT + WITH_TOOLS, OURS + WITH_TOOLS)
+    value = _factor(cells, HINDSIGHT + WITH_TOOLS, judged(cells) + WITH_TOOLS)
     text = f"{case}: not worse than the best constant plan in hindsight"
     return [_say("real-traces", text, value, lambda v: v >= 0.99, "{:.3f}")]
 

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from splitwise_llm.bench.cells import resampled
 from splitwise_llm.bench.figures import Figures
 from splitwise_llm.bench.follow_course import (
     ALONE,
@@ -38,6 +37,7 @@ from splitwise_llm.bench.follow_course import (
     slowed,
     text,
 )
+from splitwise_llm.bench.outcome import resampled
 from splitwise_llm.bench.overhead import NO_WORDS, Tell
 from splitwise_llm.bench.processes import worker
 from splitwise_llm.bench.random_models import make_model

@@ -21,7 +21,7 @@ from splitwise_llm.spec import Dtype, LinkSpec, Weights, find_device, find_model
 GIGABIT = LinkSpec(0.5e-3, 125e6, 125e6)
 JOB = Job(128, 128)
 TOOLS = Tools((WirePrecision.FP16, WirePrecision.INT8))
-SOLVED = ("exact", "best-static", "drift-selfish", "drift")
+SOLVED = ("exact", "best-static", "drift-selfish", "drift", "splitwise", "tuned")
 """With nothing queueing and nothing changing these all solve the same problem: it is solved once, as `exact`."""
 
 

@@ -6,22 +6,22 @@ Cells are kept in a folder as they are done, so a long run can be stopped and go
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from splitwise_llm.bench.causal import Causal
 from splitwise_llm.bench.cells import (
     HINDSIGHT,
     TOOLS,
+    WARM_UP,
     WITH_TOOLS,
     Setting,
     Size,
@@ -29,13 +29,15 @@ from splitwise_llm.bench.cells import (
     cell,
     decision_ms_p99,
     idle_question,
-    ratio,
 )
 from splitwise_llm.bench.clairvoyant import clairvoyant_bound
 from splitwise_llm.bench.figures import Figures
+from splitwise_llm.bench.kept import Shelf
+from splitwise_llm.bench.outcome import Outcome, ratio
 from splitwise_llm.bench.peers_lan import peer_cells
 from splitwise_llm.bench.recordings import link_files, read_recordings, spread_over
-from splitwise_llm.errors import RequestError, SpecError
+from splitwise_llm.bench.variants import LEARNED, OURS, VARIANTS, digest_of, weight_files
+from splitwise_llm.errors import ModelError, RequestError, SpecError
 from splitwise_llm.observation import PLAIN, Tools
 from splitwise_llm.page import Ablation, MemoryRow, Scaling
 from splitwise_llm.page import Setting as PageSetting
@@ -46,20 +48,31 @@ from splitwise_llm.sim.episode import simulate
 from splitwise_llm.sim.scenarios import SCENARIOS, Case, Recordings, Scenario
 
 Tell = Callable[[str], None]
+Floats = NDArray[np.float64]
+
+CAUSAL, CLAIRVOYANT = "causal", "clairvoyant"
+NO_FIGURES = ("cli", "engine", "learn", "model", "page", "report.py", "wire")
+"""Rooms whose source no cell depends on."""
 
 RIVALS = (
     "cloud-only", "edge-only", "even-split", "memory-proportional", "best-static", "neurosurgeon",
     "edgeshard-latency", "edgeshard-exact", "edgeshard-throughput", "edgeshard-replanned", "layer-splitting", "router",
-    "exact",
-    "drift-selfish", "drift",
+    "exact", "drift-selfish", "drift", *LEARNED,
 )  # fmt: skip
 """Every one is run with and without the shared tools."""
 FEW = (
-    "cloud-only", "edge-only", "even-split", "best-static", "neurosurgeon", "edgeshard-latency", "router",
-    "drift-selfish", "drift",
+    "cloud-only", "edge-only", "edgeshard-latency", "edgeshard-replanned", "drift", *LEARNED, "cloud-only+tools",
+    "edge-only+tools", "best-static+tools", "edgeshard-replanned+tools", "drift+tools",
+    *(name + WITH_TOOLS for name in LEARNED),
 )  # fmt: skip
+"""What is quick: those that claims and bars are about."""
 CROWD = 10
-CROWDED = ("cloud-only", "edge-only", "router", "drift-selfish", "drift", "cloud-only+tools", "drift+tools")
+CROWDED = ("cloud-only", "edge-only", "router", "drift-selfish", "drift", *LEARNED, "cloud-only+tools", "drift+tools")
+FEW_CROWDED = ("drift-selfish", "drift", *LEARNED[:2])
+ABLATED = tuple(one.name + WITH_TOOLS for one in VARIANTS)
+"""What the learned policy's ingredients contribute: each left out; beside drift (nothing learned) and tuned
+(constants)."""
+QUICKLY_ABLATED = ("flaky-wan", "tunnel", "private-wan")
 ABLATION = (
     ("static layer plan", "edgeshard-latency", PLAIN, False),
     ("+ planned anew per request", "drift", PLAIN, False),
@@ -86,22 +99,38 @@ class Grid:
     """A folder for cells; those that are there already are not run again."""
     cut_gaps: bool = False
     """Leave out what recorders paused in, instead of refusing it."""
+    weights: Path | None = None
+    """A folder of weights, each of which becomes a row `splitwise@NAME`."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of everything that figures depend on: size, seed, recordings, and the source itself."""
+        """Of everything that figures depend on: size, seed, recordings, and the source itself. Of the source, rooms
+        that neither simulator nor policies may import (`pyproject.toml`) are left out; weights are cells' own."""
         settings = (self.quick, self.size, self.seed, self.traces, self.requests, self.cut_gaps)
         digest = hashlib.sha256(repr(settings).encode())
-        for file in sorted(Path(str(resources.files("splitwise_llm"))).rglob("*.py")):
-            digest.update(file.read_bytes())
+        root = Path(str(resources.files("splitwise_llm")))
+        for file in sorted(root.rglob("*.py")):
+            if file.relative_to(root).parts[0] not in NO_FIGURES and file.name not in ("bars.py", "claims.py"):
+                digest.update(file.read_bytes())
         return digest.hexdigest()[:16]
 
+    @cached_property
+    def weight_files(self) -> dict[str, Path]:
+        return weight_files(self.weights)
+
+    @property
+    def shelf(self) -> Shelf:
+        return Shelf(self.keep, self.fingerprint)
+
     def policies(self, scenario: Scenario) -> tuple[str, ...]:
-        """Every rival with and without tools; a crowd of devices on one cloud is slow to simulate, so fewer there."""
+        """Every rival with and without tools, ours with other weights, and ours without each ingredient; a crowd of
+        devices on one cloud is slow to simulate, so fewer there."""
+        seeds = tuple(f"{OURS}@{name}" for name in self.weight_files)
         if scenario.num_devices > CROWD:
-            return CROWDED
-        names = FEW if self.quick else RIVALS
-        return tuple(name + tools for tools in ("", WITH_TOOLS) for name in names)
+            return (*(FEW_CROWDED if self.quick else CROWDED), *seeds)
+        both = tuple(name + tools for tools in ("", WITH_TOOLS) for name in (*(() if self.quick else RIVALS), *seeds))
+        ablated = ABLATED if not self.quick or scenario.name in QUICKLY_ABLATED else ()
+        return (*(FEW if self.quick else ()), *both, *ablated)
 
     def cases(self, scenario: Scenario) -> tuple[Case, ...]:
         """All, or where it is quick the first (of rush-hour the one near capacity)."""
@@ -118,7 +147,7 @@ class Grid:
             return self.size
         devices = scenario.num_devices
         share = max(12, math.ceil(self.size.traces * self.size.requests / devices / 4))
-        return Size(4, share, max(6, share // 3))
+        return Size(2 if self.quick else 4, share, max(6, share // 3))
 
 
 @dataclass(slots=True)
@@ -130,6 +159,8 @@ class Results:
     memory: list[MemoryRow]
     scalings: list[Scaling]
     skipped: list[str]
+    outcomes: dict[tuple[str, str], dict[str, Outcome]] = field(default_factory=dict)
+    """(scenario, case) -> policy -> what became of each request; `CAUSAL` and `CLAIRVOYANT` among the policies."""
 
 
 def run_grid(grid: Grid, tell: Tell) -> Results:
@@ -145,7 +176,9 @@ def run_grid(grid: Grid, tell: Tell) -> Results:
     recordings = recorded(grid.traces, grid.requests, 2 if grid.quick else 8, grid.cut_gaps) if replayed else []
     for scenario in chosen:
         if scenario.name == "peer-lan":
-            results.cells += _kept(grid, scenario.name, "all", peer_cells, tell)
+            tell(scenario.name)
+            made = grid.shelf.or_made(scenario.name, lambda: [one.to_dict() for one in peer_cells()])
+            results.cells += [cell_from(one) for one in made]
             continue
         for setting in _settings(grid, scenario, recordings, results):
             _run_case(grid, setting, results, tell)
@@ -159,75 +192,43 @@ def _settings(
     for case in grid.cases(scenario):
         size = grid.size_of(scenario)
         if not scenario.is_recorded:
-            yield Setting(scenario, case, size, first_trace=grid.seed * 1000)
+            yield Setting(scenario, case, size, first_trace=grid.seed * 1000, weights=grid.weight_files)
         elif not recordings:
             results.skipped.append(f"{scenario.name}: no recordings were given (--traces DIR --requests FILE)")
             return
         else:
             for name, one in recordings:
                 labelled = replace(case, label=name)
-                yield Setting(scenario, labelled, size, one, first_trace=grid.seed * 1000)
+                first = grid.seed * 1000
+                yield Setting(scenario, labelled, size, one, first_trace=first, weights=grid.weight_files)
 
 
 def _run_case(grid: Grid, setting: Setting, results: Results, tell: Tell) -> None:
     where = f"{setting.scenario.name}.{setting.name}"
+    tell(where)
     try:
-        done = _kept(grid, where, "cells", lambda: _cells(grid, setting, tell), tell)
+        done, outcomes = _cells(grid, setting, tell)
     except RequestError as error:
         results.skipped.append(f"{where}: {error}")
         return
     results.cells += done
+    results.outcomes[setting.scenario.name, setting.name] = outcomes
     if setting.scenario.floor and setting.scenario.num_devices == 1:
-        file = grid.keep / f"{where}.ablation.json" if grid.keep else None
-        kept = _read_kept(grid, file)
-        if kept is not None:
-            results.ablations.append(_ablation_from(kept[0]))
-        else:
-            made = ablation(setting)
-            steps = [[name, one.value, one.low, one.high] for name, one in made.steps]
-            _keep(grid, file, [{"scenario": made.scenario, "case": made.case, "steps": steps}])
-            results.ablations.append(made)
-    results.memory += [row for row in memory_rows(setting) if row not in results.memory]
+        results.ablations.append(
+            _ablation_from(grid.shelf.or_made(f"{where}/ablation", lambda: _ablation_to(ablation(setting))))
+        )
+    rows = grid.shelf.or_made(f"{where}/memory", lambda: [asdict(row) for row in memory_rows(setting)])
+    results.memory += [row for row in (MemoryRow(**one) for one in rows) if row not in results.memory]
 
 
-def _ablation_from(data: dict[str, object]) -> Ablation:
-    steps = data["steps"]
-    assert isinstance(steps, list)
-    return Ablation(str(data["scenario"]), str(data["case"]), tuple((name, Estimate(*rest)) for name, *rest in steps))
+def _ablation_to(made: Ablation) -> dict[str, object]:
+    steps = [[name, one.value, one.low, one.high] for name, one in made.steps]
+    return {"scenario": made.scenario, "case": made.case, "steps": steps}
 
 
-def _kept(grid: Grid, where: str, what: str, make: Callable[[], list[Cell]], tell: Tell) -> list[Cell]:
-    """Cells from the folder, or made and put there."""
-    file = grid.keep / f"{where}.{what}.json" if grid.keep else None
-    kept = _read_kept(grid, file)
-    if kept is not None:
-        tell(f"{where}: kept")
-        return [cell_from(data) for data in kept]
-    tell(where)
-    cells = make()
-    _keep(grid, file, [one.to_dict() for one in cells])
-    return cells
-
-
-def _read_kept(grid: Grid, file: Path | None) -> list[dict[str, Any]] | None:
-    """What a file keeps, if it was made with the same settings and the same source; else it is made anew."""
-    if file is None or not file.exists():
-        return None
-    with suppress(ValueError, KeyError, TypeError):  # cut short, or of another kind
-        data = json.loads(file.read_text())
-        if data["made_with"] == grid.fingerprint:
-            return list(data["kept"])
-    return None
-
-
-def _keep(grid: Grid, file: Path | None, kept: Sequence[object]) -> None:
-    """Whole or not at all: a run may be stopped at any time."""
-    if file is None:
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps({"made_with": grid.fingerprint, "kept": kept}))
-    part.replace(file)
+def _ablation_from(data: dict[str, Any]) -> Ablation:
+    steps = tuple((name, Estimate(*rest)) for name, *rest in data["steps"])
+    return Ablation(str(data["scenario"]), str(data["case"]), steps)
 
 
 def cell_from(data: dict[str, object]) -> Cell:
@@ -239,7 +240,7 @@ def cell_from(data: dict[str, object]) -> Cell:
     assert isinstance(queues, dict)
     for name in ("latencies_s", "queue_times_s"):
         values = plain[name]
-        assert isinstance(values, list)
+        assert isinstance(values, (list, tuple))
         plain[name] = tuple(values)
     return Cell(
         metrics={name: Estimate(**one) for name, one in figures.items()},
@@ -248,58 +249,76 @@ def cell_from(data: dict[str, object]) -> Cell:
     )
 
 
-def _cells(grid: Grid, setting: Setting, tell: Tell) -> list[Cell]:
-    """Every policy that has a plan here; figures relative to others are paired by trace."""
-    names = []
+def _cells(grid: Grid, setting: Setting, tell: Tell) -> tuple[list[Cell], dict[str, Outcome]]:
+    """Every policy that has a plan here; figures relative to others are paired by trace. Raises RequestError where
+    nobody has one."""
+    where, shelf = f"{setting.scenario.name}.{setting.name}", grid.shelf
+    cells: dict[str, Cell] = {}
+    outcomes: dict[str, Outcome] = {}
     for policy in grid.policies(setting.scenario):
-        try:
-            if not policy.startswith(HINDSIGHT):
-                setting.chooser(policy)
-            names.append(policy)
-        except RequestError as error:
-            tell(f"  {policy} does not apply: {str(error)[:160]}")
-    means = {name: by_trace(setting.run(name), setting.run(name).total_s) for name in names}
-    clairvoyant, causal = _clairvoyant(setting), _causal(setting)
-    cells = []
-    for name in names:
+        digest = digest_of(policy, grid.weight_files)
+        kept = shelf.or_made(f"{where}/{policy}", partial(_one, setting, policy), digest)
+        if "refused" in kept:
+            tell(f"  {policy} does not apply: {kept['refused'][:160]}")
+            continue
+        cells[policy], outcomes[policy] = cell_from(kept["cell"]), Outcome.from_dict(kept["requests"])
+    if not cells:
+        raise RequestError("no policy has a plan here")
+    for name, bound in ((CLAIRVOYANT, _clairvoyant), (CAUSAL, _causal)):
+        kept = shelf.or_made(f"{where}/{name}", partial(_bound, setting, bound))
+        if kept["requests"] is not None:
+            outcomes[name] = Outcome.from_dict(kept["requests"])
+    means = {name: one.mean() for name, one in outcomes.items()}
+    best = np.stack([means[name] for name in cells]).argmin(axis=0)
+    for number, (name, one) in enumerate(cells.items()):
         extra: dict[str, Estimate] = {}
         static = HINDSIGHT + (WITH_TOOLS if name.endswith(WITH_TOOLS) else "")
         if static in means:
             extra["factor_over_static"] = ratio(means[static], means[name])
-        if clairvoyant is not None:
-            extra["regret_clairvoyant"] = _regret(means[name], clairvoyant)
-        if causal is not None:
-            extra["regret_causal"] = _regret(means[name], causal)
-        if not name.startswith(HINDSIGHT):
-            value = decision_ms_p99(setting, name)
+        for yardstick in (CLAIRVOYANT, CAUSAL):
+            if yardstick in means:
+                extra[f"regret_{yardstick}"] = _regret(means[name], means[yardstick])
+        cells[name] = replace(one, metrics=one.metrics | extra, wins=int((best == number).sum()))
+    return list(cells.values()), outcomes
+
+
+def _one(setting: Setting, policy: str) -> dict[str, object]:
+    """A cell and its requests, or why there is none."""
+    extra: dict[str, Estimate] = {}
+    try:
+        if not policy.startswith(HINDSIGHT):
+            value = decision_ms_p99(setting, policy)
             extra["decision_ms_p99"] = Estimate(value, value, value)
-        cells.append(cell(setting, name, extra))
-    best = np.stack([means[name] for name in names]).argmin(axis=0)
-    return [replace(one, wins=int((best == number).sum())) for number, one in enumerate(cells)]
+    except (RequestError, ModelError) as error:
+        return {"refused": str(error)}
+    made = cell(setting, policy, extra)
+    return {"cell": made.to_dict(), "requests": Outcome.of(setting.run(policy), WARM_UP).to_dict()}
 
 
-def _clairvoyant(setting: Setting) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None:
-    """Mean latency per trace that nobody can beat, with all tools; None where it is not known."""
+def _bound(setting: Setting, find: Callable[[Setting], Outcome | None]) -> dict[str, object]:
+    found = find(setting)
+    return {"requests": found.to_dict() if found else None}
+
+
+def _clairvoyant(setting: Setting) -> Outcome | None:
+    """Latencies that nobody can undercut, with all tools; None where they are not known."""
     if setting.params.is_shared:
         return None
     bound = clairvoyant_bound(setting.params, setting.traces)
-    return by_trace(setting.run("cloud-only"), bound)
+    return Outcome.of_seconds(bound, setting.run("cloud-only").counted(WARM_UP))
 
 
-def _causal(setting: Setting) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None:
-    """Mean latency per trace of the best policy that knows the statistics and not the future, for a request alone,
-    with all tools; None where there is none to compute."""
+def _causal(setting: Setting) -> Outcome | None:
+    """What becomes of requests under the best policy that knows the statistics and not the future, for a request
+    alone, with all tools; None where there is none to compute."""
     try:
         chooser = Causal(setting.params)
     except SpecError:
         return None
-    records = simulate(setting.params, setting.traces, chooser)
-    return by_trace(records, records.total_s)
+    return Outcome.of(simulate(setting.params, setting.traces, chooser), WARM_UP)
 
 
-def _regret(
-    mine: np.ndarray[tuple[int, ...], np.dtype[np.float64]], bound: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
-) -> Estimate:
+def _regret(mine: Floats, bound: Floats) -> Estimate:
     over = ratio(mine, bound)
     return Estimate(over.value - 1, over.low - 1, over.high - 1)
 
@@ -341,7 +360,7 @@ def scalings(cells: Sequence[Cell]) -> list[Scaling]:
     by_case: dict[tuple[str, str], dict[str, Cell]] = {}
     for one in cells:
         by_case.setdefault((one.scenario, one.case), {})[one.policy] = one
-    shown = ("edge-only", "router", "drift-selfish", "drift", "drift" + WITH_TOOLS)
+    shown = ("edge-only", "router", "drift-selfish", "drift", "drift" + WITH_TOOLS, OURS, OURS + WITH_TOOLS)
     result = []
     for what, label, scenario, names in (
         ("120 devices on one A100, as they ask more often", "requests per second and device", "rush-hour",
@@ -352,7 +371,12 @@ def scalings(cells: Sequence[Cell]) -> list[Scaling]:
         there = [name for name in names if (scenario, name) in by_case]
         if len(there) < 2:
             continue
-        series = {policy: tuple(_speed_up(by_case[scenario, name], policy) for name in there) for policy in shown}
+        found = {policy for name in there for policy in by_case[scenario, name]}
+        series = {
+            policy: tuple(_speed_up(by_case[scenario, name], policy) for name in there)
+            for policy in shown
+            if policy in found or not policy.startswith(OURS)
+        }
         result.append(Scaling(what, label, tuple(there), series, f"scenario {scenario}"))
     return result
 
@@ -390,7 +414,27 @@ def figures_of(cells: Sequence[Cell], settings: dict[str, object]) -> Figures:
             result.add(name, estimate.value)
             result.add(f"{name}_lo", estimate.low)
             result.add(f"{name}_hi", estimate.high)
+        for knob, share in one.knobs.items():
+            result.add(f"{one.scenario}.{one.case}/{one.policy}/knob {knob}", share)
+    _add_spread(result, cells)
     return result
+
+
+def _add_spread(figures: Figures, cells: Sequence[Cell]) -> None:
+    """`<scenario>.<case>/splitwise@seeds/mean_s`: mean over the weights that were given, with standard deviation,
+    least and most."""
+    seeds: dict[str, list[float]] = {}
+    for one in cells:
+        if one.policy.startswith(OURS + "@"):
+            tools = WITH_TOOLS if one.policy.endswith(WITH_TOOLS) else ""
+            for metric in ("mean_s", "p95_s", "device_j"):
+                name = f"{one.scenario}.{one.case}/{OURS}@seeds{tools}/{metric}"
+                seeds.setdefault(name, []).append(one.metrics[metric].value)
+    for name, values in seeds.items():
+        figures.add(name, float(np.mean(values)))
+        figures.add(f"{name}_sd", float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+        figures.add(f"{name}_least", min(values))
+        figures.add(f"{name}_most", max(values))
 
 
 def page_settings() -> tuple[PageSetting, ...]:

@@ -11,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitwise_llm import lyapunov
-from splitwise_llm.bench.cells import WARM_UP, by_trace, load_states, mean_estimate, resampled
+from splitwise_llm.bench.cells import WARM_UP, by_trace, load_states, mean_estimate
 from splitwise_llm.bench.figures import Figures
 from splitwise_llm.bench.fluid import capacity, least_penalty
+from splitwise_llm.bench.outcome import resampled
+from splitwise_llm.bench.variants import chooser_of
 from splitwise_llm.cost import NO_LOSS, Accuracy, Limits, Table
 from splitwise_llm.decision import WirePrecision
 from splitwise_llm.lyapunov import Budgets, Penalty
-from splitwise_llm.observation import PLAIN, Menu, Tools
+from splitwise_llm.observation import PLAIN, Chooser, Menu, Tools
 from splitwise_llm.policies.choosers import TableChooser
 from splitwise_llm.policies.menus import menu as make_table
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
@@ -251,9 +253,9 @@ def growth(records: Records, per_s: float, end_s: float) -> Floats:
 
 def stability(
     amount: Amount, loads: Sequence[float], figures: Figures, tell: Tell, tag: str = "", *,
-    slots: int = MANY_SLOTS, moves: bool = True,
+    slots: int = MANY_SLOTS, moves: bool = True, policy: str = DRIFT.name,
 ) -> None:  # fmt: skip
-    """Growth of the backlog under the priced policy at shares of the fluid bound."""
+    """Growth of the backlog under a policy, by default the priced one, at shares of the fluid bound."""
     made = system(replace(STABILITY, slots=slots))
     few = made.traces(Amount(1, 1))
     bound = capacity(made.params, few, made.allowed, moves=moves)
@@ -265,7 +267,7 @@ def stability(
         end_s = amount.requests / per_s
         here = made.at(per_s, amount.requests)
         traces = here.traces(replace(amount, requests=int(1.3 * amount.requests)))  # nobody runs out of requests
-        chooser = TableChooser(DRIFT, made.tools, made.limits, arrivals_per_s=per_s, moves=moves)
+        chooser = _chooser(policy, made.tools, made.limits, Budgets(), per_s, moves)
         one = mean_estimate(growth(simulate(here.params, traces, chooser, end_s), per_s, end_s))
         _add(figures, f"slope_at_{load:g}{tag}", one, "share of the requests offered that pile up")
         if one.high < BOUND:
@@ -273,7 +275,13 @@ def stability(
     figures.add(f"largest_stable_share{tag}", stable, f"of {', '.join(f'{x:g}' for x in loads)}: upper limit below 1 %")
 
 
-def budgets(amount: Amount, figures: Figures, tell: Tell) -> None:
+def _chooser(policy: str, tools: Tools, limits: Limits, spend: Budgets, per_s: float, moves: bool = True) -> Chooser:
+    if policy == DRIFT.name:
+        return TableChooser(DRIFT, tools, limits, spend, arrivals_per_s=per_s, moves=moves)
+    return chooser_of(policy, tools, limits, per_s, {}, budgets=spend)
+
+
+def budgets(amount: Amount, figures: Figures, tell: Tell, policy: str = DRIFT.name) -> None:
     """Average spending beyond each budget, and whether its virtual queue ends at the cap."""
     for index, (name, row, feasible, infeasible) in enumerate(BUDGETED):
         for label, budget in (("", feasible), ("_infeasible", infeasible)):
@@ -281,7 +289,7 @@ def budgets(amount: Amount, figures: Figures, tell: Tell) -> None:
             made = system(row, LOSSY, LOSSES, budget).at(row.per_s, amount.requests)
             traces = made.traces(amount)
             for tag, chosen in ((f"{name}{label}", budget), (f"{name}{label}_ignored", Budgets())):
-                chooser = TableChooser(DRIFT, LOSSY, made.limits, chosen, arrivals_per_s=row.per_s)
+                chooser = _chooser(policy, LOSSY, made.limits, chosen, row.per_s)
                 records = simulate(made.params, traces, chooser)
                 assert records.virtual is not None
                 spent = {"energy": records.device_j, "deadline": records.missed, "accuracy": records.nats}[name]
@@ -302,8 +310,11 @@ def _add(figures: Figures, name: str, one: Estimate, note: str = "") -> None:
     figures.add(f"{name}_hi", one.high)
 
 
-def run_stability(quick: bool, tell: Tell) -> Figures:
-    """All three measurements; quick: fewer V's and loads, and fewer and shorter traces."""
+def run_stability(quick: bool, tell: Tell, policy: str = DRIFT.name) -> Figures:
+    """All three measurements; quick: fewer V's and loads, and fewer and shorter traces. Of another policy than drift
+    plus penalty no sweep of V, which is not its own. Raises RequestError for unknown names, ModelError where weights
+    are missing."""
+    _chooser(policy, PLAIN, Limits(), Budgets(), STABILITY.per_s)
     sweep, long, spending = (
         (Amount(16, 400), Amount(12, 250), Amount(8, 200)) if quick
         else (Amount(48, 1500), Amount(32, 2000), Amount(16, 400))
@@ -311,7 +322,8 @@ def run_stability(quick: bool, tell: Tell) -> Figures:
     figures = Figures(
         "stability",
         {
-            "quick": quick, "trade_off": f"{TRADE_OFF.scenario}.{TRADE_OFF.case} at {TRADE_OFF.per_s}/s",
+            "quick": quick, "policy": policy,
+            "trade_off": f"{TRADE_OFF.scenario}.{TRADE_OFF.case} at {TRADE_OFF.per_s}/s",
             "stability": f"{STABILITY.scenario}.{STABILITY.case}",
             "budgets": [f"{row.scenario}.{row.case} at {row.per_s}/s" for _, row, *_ in BUDGETED],
             "traces": [sweep.traces, long.traces, spending.traces],
@@ -319,13 +331,16 @@ def run_stability(quick: bool, tell: Tell) -> Figures:
             "warm_up": [SETTLED, WARM_UP],
         },
     )  # fmt: skip
-    trade_off(sweep, SWEPT[::2] if quick else SWEPT, figures, tell)
-    stability(long, (0.9, 1.05) if quick else LOADS, figures, tell)
+    ours = policy == DRIFT.name
+    if ours:
+        trade_off(sweep, SWEPT[::2] if quick else SWEPT, figures, tell)
+    stability(long, (0.9, 1.05) if quick else LOADS, figures, tell, policy=policy)
     if not quick:
         shorter = replace(long, requests=long.requests // 2)
-        stability(shorter, LOADS, figures, tell, "_4_slots", slots=4)
-        stability(shorter, LOADS, figures, tell, "_admission_only", moves=False)
-    budgets(spending, figures, tell)
+        stability(shorter, LOADS, figures, tell, "_4_slots", slots=4, policy=policy)
+        if ours:
+            stability(shorter, LOADS, figures, tell, "_admission_only", moves=False)
+    budgets(spending, figures, tell, policy)
     return figures
 
 

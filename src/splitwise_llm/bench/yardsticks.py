@@ -6,16 +6,21 @@ Nothing is clamped: the causal policy runs in the same simulator as all others, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from splitwise_llm.bench.causal import Causal
-from splitwise_llm.bench.cells import WARM_UP, by_trace, load_states, mean_estimate, ratio
+from splitwise_llm.bench.cells import WARM_UP, by_trace, load_states, mean_estimate
 from splitwise_llm.bench.clairvoyant import clairvoyant_bound, least_cost
 from splitwise_llm.bench.figures import Figures
+from splitwise_llm.bench.kept import Shelf
+from splitwise_llm.bench.outcome import ratio
+from splitwise_llm.bench.variants import chooser_of, digest_of
 from splitwise_llm.cost import Entry, Table
 from splitwise_llm.decision import WirePrecision
 from splitwise_llm.errors import SpecError
@@ -50,6 +55,7 @@ Ints = NDArray[np.int64]
 
 TOOLS = Tools((WirePrecision.FP16, WirePrecision.INT8), (None, 32))
 """Assumed: the research lists no drafting in these rows, and its times are those without."""
+BOUND = "clairvoyant"
 MOST_PLANS = 24
 ENERGY_WEIGHTS = (0.0, 0.02)
 """Seconds that a joule of the device counts as."""
@@ -141,6 +147,20 @@ class Result:
     w_energy: float
     means: dict[str, Estimate]
     over: dict[str, Estimate] = field(default_factory=dict)
+    costs: dict[str, Floats] = field(default_factory=dict)
+    """Of each trace."""
+
+    @classmethod
+    def of(cls, row: Row, w_energy: float, costs: dict[str, Floats]) -> Result:
+        learned = [name for name in costs if name not in ("drift", "drift_alone", "router", "causal", "static", BOUND)]
+        pairs = [
+            (above, below)
+            for above in ("drift", "drift_alone", "causal", *learned)
+            for below in ("causal", BOUND, *(["drift"] if above in learned else []))
+            if above != below
+        ]
+        over = {f"{above}_over_{below}": ratio(costs[above], costs[below]) for above, below in pairs}
+        return cls(row, w_energy, {name: mean_estimate(cost) for name, cost in costs.items()}, over, costs)
 
     @property
     def name(self) -> str:
@@ -179,30 +199,29 @@ def _setting(row: Row, w_energy: float, size: Size) -> _Setting:
     return _Setting(params, draw(params, size.seed, range(size.traces), size.requests), table, penalty, weights)
 
 
-def causal_row(row: Row, w_energy: float = 0.0, size: Size | None = None) -> Result:
+def causal_row(
+    row: Row, w_energy: float = 0.0, size: Size | None = None, learned: Sequence[str] = (),
+    weights: Mapping[str, Path] | None = None,
+) -> Result:  # fmt: skip
     """Every policy of a row on the same traces. `drift` is told how often requests come, `drift_alone` is not: it
-    gives no weight to the work that it leaves to later requests."""
+    gives no weight to the work that it leaves to later requests. `learned`: names of `bench/variants.py`, told what
+    `drift` is told; `weights` are files of theirs. Raises ModelError where weights are missing."""
     setting = _setting(row, w_energy, size or Size())
     params, traces, limits = setting.params, setting.traces, row.scenario.limits
     choosers: dict[str, Chooser] = {
         "drift": Drift(setting.penalty, setting.weights),
         "drift_alone": Drift(setting.penalty, setting.weights * np.array([0.0, 0.0, 0.0, 1.0])),
         "router": find_chooser("router", TOOLS, limits),
-        "causal": Causal(params, w_energy),
     }
+    choosers |= {name: chooser_of(name, TOOLS, limits, row.per_s, weights or {}, w_energy=w_energy) for name in learned}
+    choosers["causal"] = Causal(params, w_energy)
     costs = {name: _cost(simulate(params, traces, chooser), w_energy) for name, chooser in choosers.items()}
     fixed = [_cost(simulate(params, traces, Fixed.number(n)), w_energy) for n in range(len(setting.table))]
     costs["static"] = min(fixed, key=lambda cost: float(cost.mean()))
     bound = least_cost(params, traces, clairvoyant_bound(params, traces, in_turn=True), w_energy)
     skip = int(WARM_UP * bound.shape[2])
-    costs["clairvoyant"] = bound[:, :, skip:].mean(axis=(1, 2))
-    over = {
-        f"{above}_over_{below}": ratio(costs[above], costs[below])
-        for above in ("drift", "drift_alone", "causal")
-        for below in ("causal", "clairvoyant")
-        if above != below
-    }
-    return Result(row, w_energy, {name: mean_estimate(cost) for name, cost in costs.items()}, over)
+    costs[BOUND] = bound[:, :, skip:].mean(axis=(1, 2))
+    return Result.of(row, w_energy, costs)
 
 
 def _cost(records: Records, w_energy: float) -> Floats:
@@ -211,15 +230,27 @@ def _cost(records: Records, w_energy: float) -> Floats:
 
 
 def causal_rows(
-    tell: Tell, rows: Sequence[Row] = ROWS, weights: Sequence[float] = ENERGY_WEIGHTS, size: Size | None = None
-) -> list[Result]:
-    """All rows, each with every weight on energy."""
+    tell: Tell, rows: Sequence[Row] = ROWS, weights: Sequence[float] = ENERGY_WEIGHTS, size: Size | None = None, *,
+    learned: Sequence[str] = (), files: Mapping[str, Path] | None = None, shelf: Shelf | None = None,
+) -> list[Result]:  # fmt: skip
+    """All rows, each with every weight on energy. What is on the shelf is not run again."""
+    shelf, files = shelf or Shelf(None, ""), files or {}
+    made_with = "".join([repr(size or Size()), *learned, *(digest_of(name, files) for name in learned)])
     results = []
     for w_energy in weights:
         for row in rows:
-            results.append(causal_row(row, w_energy, size))
+            name = f"yardsticks/{row.name}{'+energy' if w_energy else ''}"
+            kept = shelf.or_made(name, partial(_costs, row, w_energy, size, learned, files), made_with)
+            results.append(Result.of(row, w_energy, {one: np.array(values) for one, values in kept.items()}))
             tell(line(results[-1]))
     return results
+
+
+def _costs(
+    row: Row, w_energy: float, size: Size | None, learned: Sequence[str], files: Mapping[str, Path]
+) -> dict[str, list[float]]:
+    costs = causal_row(row, w_energy, size, learned, files).costs
+    return {name: cost.tolist() for name, cost in costs.items()}
 
 
 def line(result: Result) -> str:
@@ -240,13 +271,15 @@ def find_row(name: str) -> Row:
 
 
 def run_yardsticks(
-    tell: Tell, rows: Sequence[Row] = ROWS, weights: Sequence[float] = ENERGY_WEIGHTS, size: Size | None = None
-) -> Figures:
+    tell: Tell, rows: Sequence[Row] = ROWS, weights: Sequence[float] = ENERGY_WEIGHTS, size: Size | None = None,
+    learned: Sequence[str] = (),
+) -> Figures:  # fmt: skip
     """`<row>/<policy>_s` and `<row>/dpp_over_causal`, `<row>/dpp_over_clairvoyant`, the same of `dpp_alone`, and
-    `<row>/causal_over_clairvoyant`; rows with a weight on energy end in `+energy`. Then the worst and the median."""
+    `<row>/causal_over_clairvoyant`; of `learned` policies over these and over `dpp`. Rows with a weight on energy end
+    in `+energy`. Then the worst and the median."""
     size = size or Size()
     figures = Figures("yardsticks", {"traces": size.traces, "requests": size.requests, "seed": size.seed})
-    results = causal_rows(tell, rows, weights, size)
+    results = causal_rows(tell, rows, weights, size, learned=learned)
     for result in results:
         for name, one in (*result.means.items(), *result.over.items()):
             short = name.replace("drift", "dpp") + ("_s" if name in result.means else "")

@@ -7,6 +7,7 @@ import sys
 
 from splitwise_llm.cli import (
     benches,
+    constants,
     demo,
     follow,
     generate,
@@ -27,6 +28,7 @@ from splitwise_llm.errors import SplitwiseError, UserError
 __all__ = [
     "app",
     "benches",
+    "constants",
     "demo",
     "follow",
     "generate",

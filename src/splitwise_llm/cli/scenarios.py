@@ -35,6 +35,10 @@ def bench_scenarios(
     keep: Annotated[
         Path | None, typer.Option(help="Folder for finished cells; what is there is not run again.")
     ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Folder of weights (*.npz): a row splitwise@NAME each.")] = None,
+    bars: Annotated[
+        Path | None, typer.Option(help="Write what splitwise must reach, row by row, there (Markdown).")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the page there.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write the cells there.")] = None,
     json_file: JsonFile = None,
@@ -45,21 +49,25 @@ def bench_scenarios(
 
     if cut_gaps and not (traces and requests):
         raise RequestError("--cut-gaps is of recordings: give --traces DIR and --requests FILE, too")
-    usual = Size(16, 70, 12) if quick else Size(32, 70, 20)
+    usual = Size(8, 50, 10) if quick else Size(32, 70, 20)
     size = Size(worlds or usual.traces, requests_per_trace or usual.requests, usual.fixed_requests)
-    grid = Grid(quick, tuple(scenario or ()), size, traces, requests, seed, keep, cut_gaps)
-    with whole(html) as page, whole(csv) as table, whole(json_file) as figures:
-        _run(grid, page, table, figures)
+    grid = Grid(quick, tuple(scenario or ()), size, traces, requests, seed, keep, cut_gaps, weights)
+    with whole(html) as page, whole(csv) as table, whole(json_file) as figures, whole(bars) as judged:
+        _run(grid, page, table, figures, judged)
 
 
-def _run(grid: Grid, page: Path | None, table: Path | None, figures_file: Path | None) -> None:
-    from splitwise_llm.bench.claims import OURS, claims_of
+def _run(grid: Grid, page: Path | None, table: Path | None, figures_file: Path | None, bars: Path | None) -> None:
+    from splitwise_llm.bench.bars import bars_of, losses_of, markdown
+    from splitwise_llm.bench.claims import claims_of, judged
+    from splitwise_llm.bench.evidence import gather
     from splitwise_llm.bench.scenarios import figures_of, page_settings, run_grid
+    from splitwise_llm.bench.variants import is_ours
     from splitwise_llm.page import Contents, Provenance, to_csv, to_html
     from splitwise_llm.report import claims_table
 
     begin = time.monotonic()
     results = run_grid(grid, tell)
+    evidence = gather(grid, results, tell) if bars else None
     took = time.monotonic() - begin
     claims = claims_of(results.cells)
     out.print(claims_table([(claim.scenario, claim.text, claim.holds, claim.measured) for claim in claims]))
@@ -73,10 +81,18 @@ def _run(grid: Grid, page: Path | None, table: Path | None, figures_file: Path |
     decided = [claim for claim in claims if claim.holds is not None]
     figures.add("claims_decided", len(decided))
     figures.add("claims_held", sum(bool(claim.holds) for claim in decided))
+    if bars and evidence:
+        reached = bars_of(evidence)
+        bars.write_text(markdown(reached, losses_of(evidence)))
+        figures.add("bars_decided", sum(bar.met is not None for bar in reached))
+        figures.add("bars_met", sum(bool(bar.met) for bar in reached))
     write_json(figures_file, figures.to_dict())
     if table:
         table.write_text(to_csv(results.cells))
     if page:
+        first = judged({one.policy for one in results.cells})
+        variants = sorted({one.policy for one in results.cells if is_ours(one.policy)} - {first, first + "+tools"})
+        ours = (first, first + "+tools", *variants)
         contents = Contents(
             tuple(results.cells),
             page_settings(),
@@ -97,7 +113,7 @@ def _run(grid: Grid, page: Path | None, table: Path | None, figures_file: Path |
                     *results.skipped,
                 ),
             ),
-            ours=(OURS, OURS + "+tools"),
+            ours=ours,
             ablations=tuple(results.ablations),
             memory=tuple(results.memory),
             scalings=tuple(results.scalings),

@@ -12,8 +12,9 @@ HEAD = ("scenario", "case", "policy", "metric", "value", "low", "high", "request
 
 
 def to_csv(cells: Iterable[Cell]) -> str:
-    """RFC 4180 text with a head. Besides the figures: `wins` (traces) and `mode_<name>` (shares of time), which have
-    no limits. A cell without any figure keeps one row with an empty metric, so that its note is not lost."""
+    """RFC 4180 text with a head. Besides the figures: `wins` (traces), `mode_<name>` (shares of time) and `knob <name>`
+    (shares of decisions), which have no limits. A cell without any figure keeps one row with an empty metric, so that
+    its note is not lost."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(HEAD)
@@ -34,3 +35,5 @@ def _figures(cell: Cell) -> Iterator[tuple[str, float | str, float | str, float 
     yield "wins", cell.wins, "", ""
     for mode, share in cell.modes.items():
         yield f"mode_{mode}", share, "", ""
+    for knob, share in cell.knobs.items():
+        yield f"knob {knob}", share, "", ""

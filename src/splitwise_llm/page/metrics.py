@@ -39,6 +39,7 @@ METRICS = (
     Metric("regret_causal", "regret, causal", "%", "Extra over the best policy that cannot see ahead", scale=100.0),
     Metric("regret_clairvoyant", "regret, clairvoyant", "%", "Extra over a bound that knows the trace", scale=100.0),
     Metric("factor_over_static", "over static", "×", "Best static plan's mean latency over this one's", sign=-1),
+    Metric("fallback_share", "fell back", "%", "Decisions that exact drift plus penalty made in its place", 0, 100.0),
     Metric("decision_ms_p99", "decision p99", "ms", "Time to decide, 99th percentile, on the machine named below"),
 )
 

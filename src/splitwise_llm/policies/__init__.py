@@ -11,6 +11,7 @@ from splitwise_llm.policies.per_layer import PerLayer
 from splitwise_llm.policies.pipelines import EdgeShard, Program
 from splitwise_llm.policies.planners import PLANNERS
 from splitwise_llm.policies.splitting import LayerSplitting
+from splitwise_llm.policies.tuned import Tuned
 
 POLICIES: dict[str, tuple[str, Policy]] = {planner.name: (planner.says, planner) for planner in PLANNERS} | {
     "edgeshard-latency": ("EdgeShard's latency program for the expected conditions", EdgeShard()),
@@ -19,6 +20,7 @@ POLICIES: dict[str, tuple[str, Policy]] = {planner.name: (planner.says, planner)
     "layer-splitting": ("the cut that loses least accuracy, as measured, for its load", LayerSplitting.lossless()),
     "splitwise": ("a learned high level over the exact solver, which drift plus penalty keeps from harm", Splitwise()),
     "splitwise-paper": ("the paper's own per-layer network, repaired, trained and asked at admission", PerLayer()),
+    "tuned": ("the same knobs, set once for all systems by a plain optimiser", Tuned()),
     "edgeshard-replanned": ("EdgeShard's latency program for each request, now", EdgeShard(current=True)),
 }
 """Name -> (what it does, the policy)."""

@@ -23,6 +23,7 @@ from splitwise_llm.policies.mind import Splitwise
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
 from splitwise_llm.policies.per_layer import PerLayer
 from splitwise_llm.policies.planners import EDGESHARD_REPLANNED, Planner, Pressure, When, typical
+from splitwise_llm.policies.tuned import Tuned
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -190,7 +191,7 @@ def find_chooser(
     """A policy of `POLICIES` for many systems at a time. Raises RequestError for an unknown name."""
     policy = EDGESHARD_REPLANNED if name == EDGESHARD_REPLANNED.name else find_policy(name)
     budgets = budgets or Budgets()
-    if isinstance(policy, Splitwise):
+    if isinstance(policy, (Splitwise, Tuned)):
         return policy.chooser(tools, limits, budgets, v, arrivals_per_s)
     if isinstance(policy, Planner):
         return TableChooser(policy, tools, limits, budgets, v, arrivals_per_s, wait_term)

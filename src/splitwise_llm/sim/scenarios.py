@@ -128,7 +128,7 @@ def _at(mbit: float) -> LinkProcess:
     return LinkProcess((_class(mbit, 20, 1e9),))
 
 
-_TUNNELLED = ((ORIN, GPT2), (S23, GPT2), (ORIN, L7), (S23, L7), (PI5, L7))
+_TUNNELLED = ((ORIN, GPT2), (S23, GPT2), (ORIN, L7), (S23, L7), (PI5, L7), (ORIN, L13))
 _RUSH = (("live", 0.0), ("old", 10.0))
 _DAY = (
     Segment(HEALTHY, ALWAYS_BUSY, (0.5,)),
