@@ -113,14 +113,15 @@ def _heads(course: Course) -> Iterator[int]:
     outages = any(not kind.is_up for kind in course.params.link.classes)
     for head, (name, _) in enumerate(HEADS):
         matters = {"mode": False, "budgets": course.params.budgets != Budgets(), "draft": drafts, "patience": outages}
+        matters["link"] = course.params.num_devices > 1  # one device's own link never queued in any run that was tried
         if matters.get(name, True):
             yield head
 
 
 def _values(head: int) -> list[int]:
-    """The outermost values and, of prices, none between: what half a step saves, a whole one mostly does, too."""
-    values = [value for value in range(len(HEADS[head][1])) if value != NEUTRAL[head]]
-    return values if len(values) < 4 else [values[0], values[-1]]
+    """The outermost: what half a step saves, a whole one mostly does, too."""
+    last = len(HEADS[head][1]) - 1
+    return [value for value in (0, last) if value != NEUTRAL[head]]
 
 
 def _counts(saved: Floats, neutral: Floats) -> bool:

@@ -59,7 +59,7 @@ class Config:
     """Everything that weights depend on, beside the source and the machine type."""
 
     seed: int = 0
-    courses: int = 56
+    courses: int = 60
     worlds: int = 8
     """Of each course, side by side."""
     requests: int = 40
@@ -70,7 +70,7 @@ class Config:
     """Decisions of each course that are imitated."""
     imitation: int = 1500
     """Gradient steps."""
-    decisions: int = 400_000
+    decisions: int = 250_000
     """Of proximal policy optimisation; 0 leaves it out."""
     steps: int = 32
     """Of each world between two updates."""
@@ -84,9 +84,9 @@ class Config:
     width: int = 64
     boldness: float = 1.5
     """Logit that neutral values have over the others in the beginning: the larger, the more knobs are left alone."""
-    validate_every: int = 8
+    validate_every: int = 5
     """Updates."""
-    validation: int = 10
+    validation: int = 12
     """Courses set apart."""
 
     def __post_init__(self) -> None:
@@ -316,6 +316,8 @@ def train(
             env.low, env.high = kept["low"], kept["high"]
         tell(f"going on after {state['updates']} of {config.updates} updates")
     elif start is None:
+        network(model, env).save(folder / "splitwise.npz")  # neutral, which saves nothing: what is kept must save more
+        state["best"] = 0.0
         taught = _taught(config, drawn, processes, tell)
         loss = imitate(model, taught, config.imitation, config.seed)
         seen = np.concatenate([one.seen for one in taught])[:, :COUNT]
