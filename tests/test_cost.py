@@ -218,6 +218,10 @@ class Stopwatch:
     def message_s(self, num_bytes: float) -> float:
         return 1e7
 
+    @property
+    def token_s(self) -> float:
+        return 0.0
+
 
 # Dies when cost/hosts.py says `total += host.half_s(` for `total += number * host.half_s(`.
 def test_what_was_measured_replaces_the_roofline_and_an_emulated_machine_is_stretched() -> None:

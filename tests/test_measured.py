@@ -88,8 +88,9 @@ def test_a_file_gives_back_what_was_written(times: list[float], tmp_path_factory
 
 
 def test_the_mean_of_two_tables_is_taken_point_by_point() -> None:
-    doubled = table([2 * s for s in RISING], here_s=0.003)
+    doubled = table([2 * s for s in RISING], here_s=0.003, token_s=0.5)
     mean = Measured.between(table(RISING), doubled)
+    assert mean.token_s == 0.25
     assert mean.half_s(Part.FFN, 4, 16, 64, True) == pytest.approx(1.5 * RISING[-1])
     assert mean.here_s == pytest.approx(0.002)
     other = table(RISING, weights=Weights.INT8)
@@ -128,6 +129,9 @@ def test_a_file_keeps_batches_and_one_without_any_is_read(tmp_path: Path) -> Non
     del data["batches"]
     path.write_text(json.dumps(data))
     assert Measured.from_file(path).batches == ()
+    del data["token_s"]
+    path.write_text(json.dumps(data))
+    assert Measured.from_file(path).token_s == 0
 
 
 def _without(name: str) -> str:
@@ -213,6 +217,29 @@ def test_a_cloud_that_keeps_the_loop_still_sends_its_tokens() -> None:
     units = table(RISING)
     near, far = (price(world(units, 1, 1), Decision(Partition.all_on(SPEC, m)), Job(16, 97)) for m in (0, 1))
     assert far.tpot_s - near.tpot_s == pytest.approx(units.message_s(4))
+
+
+# Dies when cost/bill.py says `self.plan.embed != self.plan.head and` for `self.plan.embed != self.plan.head or`.
+def test_what_a_token_takes_on_the_device_counts_where_the_loop_passes_there_and_is_never_stretched() -> None:
+    bare, units = table(RISING), table(RISING, token_s=7.0)
+    for decision in (Partition.all_on(SPEC, 0), Partition.cut(SPEC, 2), Partition.u_shape(SPEC, 1, 1)):
+        for stretch in (1, 3):
+            less, more = (
+                price(world(one, stretch, 1), Decision(decision), Job(16, 97)).tpot_s for one in (bare, units)
+            )
+            assert more - less == pytest.approx(7.0)
+    cloud = Decision(Partition.all_on(SPEC, 1))
+    less, more = (price(world(one, 1, 1), cloud, Job(16, 97)).tpot_s for one in (bare, units))
+    assert more == less
+
+
+# Dies when cost/bill.py says `waited = True` for `waited = self.step.is_prefill or visit > 0`.
+def test_a_machine_that_goes_on_where_the_loop_left_it_does_not_wake() -> None:
+    units = table(RISING, stage=(RowsPoint(1, False, 0.1), RowsPoint(1, True, 50.0)))
+    u = price(world(units, 1, 1), Decision(Partition.u_shape(SPEC, 1, 1)), Job(16, 97))
+    network_s = 2 * (0.01 + 256 / 1e6) + 4 * units.message_s(256)
+    # The device wakes once, for the last layer; the worker once.
+    assert u.tpot_s == pytest.approx(16.0 + 0.75 + 2 * 50.0 + 0.1 + 3 * 0.001 + network_s)
 
 
 def test_a_slowed_machine_is_rested_because_it_sleeps() -> None:

@@ -220,6 +220,41 @@ def test_a_session_is_alone_when_nobody_else_was_here_lately() -> None:
     assert company.is_alone(one, 1.0 + 2 * COMPANY_S)
 
 
+# Dies when engine/batching.py says `pass  # stays` for `self._seen.pop(who, None)`.
+def test_a_session_that_is_over_is_no_company() -> None:
+    company, one, other = Company(), Who(), Who()
+    company.came(other, 1.0)
+    company.left(other)
+    assert company.is_alone(one, 1.0)
+    company.left(other)
+    company.went(other, 1.1)
+    assert company.is_alone(one, 1.1)
+
+
+# Dies when engine/machine.py says `self._shares.get(None)` for `self._shares.pop(key, None)`.
+# Dies when engine/machine.py says `self._compute.is_quiet(None)` for `self._compute.is_quiet(here)`.
+def test_who_comes_right_after_another_session_computes_on_its_own_thread(tiny: Callable[[str], Path]) -> None:
+    async def play() -> list[str]:
+        with Machine(Checkpoint(tiny("llama"))) as machine:
+            partition, threads = Partition.all_on(machine.spec, 0), []
+            x = torch.randn(1, machine.spec.d_model)
+            shares = [await machine.open_share(key, "edge", partition, 0, 8) for key in ("first", "second")]
+            for key, share in zip(("first", "second"), shares, strict=True):
+                piece = step(share, x, 0)
+                await machine.run(
+                    replace(piece, finish=lambda *_: threads.append(threading.current_thread().name)), True
+                )
+                await machine.compute(
+                    lambda: threads.append(threading.current_thread().name), lambda _: 0.0, here=share
+                )
+                machine.release(key)
+        return threads
+
+    own = threading.current_thread().name
+    # A divided half is no other session, beside the whole ones around it.
+    assert asyncio.run(play()) == [own] * 4
+
+
 def prompts(bench: Bench, *priorities: int, rows: int = 100) -> list[Job]:
     shares = [bench.share(0) for _ in priorities]
     x = torch.zeros(rows, bench.spec.d_model)

@@ -17,7 +17,7 @@ from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.meters import Gauge, Rapl, find_meter
 from splitwise_llm.engine.probing import probe
-from splitwise_llm.engine.profiling import BATCHES, FEW_ROWS, Grid, Profiler, shares_measured
+from splitwise_llm.engine.profiling import BATCHES, FEW_ROWS, Grid, Profiler, _Timed, shares_measured
 from splitwise_llm.engine.roofline import Peaks, device_figures, watts
 from splitwise_llm.engine.worker import Worker
 from splitwise_llm.errors import LinkDied, PeerMismatch, ProtocolError, RequestError
@@ -61,8 +61,19 @@ def test_units_add_up_to_a_step(tmp_path: Path) -> None:
     assert {half.rows for half in units.halves} == {1, *FEW_ROWS, 16, 32}
     assert [point.batch for point in units.batches] == list(BATCHES)
     assert len(units.message) > 1
+    assert 0 < units.token_s < step_s
     (tmp_path / "units.json").write_text(units.to_json())
     assert Measured.from_file(tmp_path / "units.json", spec) == units
+
+
+# Dies when engine/profiling.py says `self.halves[kind::2])` for `self.halves[kind + 2 :: 2] or self.halves[kind::2])`.
+def test_a_machine_wakes_once_a_stage_however_many_halves_follow() -> None:
+    timed = _Timed((5.0, 2.5, 1.0, 2.0, 1.5, 2.0, 0.5, 2.0), 1, 3.0, 20.0)
+    assert timed.awake == (1.0, 2.0, 1.0, 2.0, 1.5, 2.0, 0.5, 2.0)
+    assert timed.woke_s == pytest.approx(4.5)
+    lonely = _Timed((5.0, 2.5), 1, 3.0, 20.0)
+    assert lonely.awake == lonely.halves
+    assert lonely.woke_s == 0
 
 
 def test_what_a_profile_writes_is_a_device_file(tmp_path: Path) -> None:

@@ -101,9 +101,22 @@ def test_a_shared_layer_and_a_shared_model_cost_the_one_way_trips_of_their_plans
 # Dies when cost/bill.py says `crossings[lead.behind, lead.ahead] * 0)` for `crossings[lead.behind, lead.ahead])`.
 @given(st.data())
 def test_a_token_is_never_priced_earlier_than_it_is_on_a_timeline_without_queues(data: st.DataObject) -> None:
-    """Nor, over two machines, a quarter later: a clock that is behind is taken to be so by a whole crossing."""
+    """Nor, over two machines, a quarter later than with queues: a clock that is behind is taken to be so by a whole
+    crossing."""
     machines = data.draw(st.sampled_from([2, 3]))
     here, job = data.draw(worlds(machines)), data.draw(jobs())
     one = bill(here, Decision(data.draw(partitions(here.spec, machines))), job)
-    exact = token_s(here, one.plan, Step(1, job.mean_context - 1, 1, emits=True, is_prefill=False))
-    assert exact * (1 - 1e-9) <= one.tpot.at(here.conditions()) <= exact * (1.25 if machines == 2 else 2)
+    step = Step(1, job.mean_context - 1, 1, emits=True, is_prefill=False)
+    exact, queued = (token_s(here, one.plan, step, contended) for contended in (False, True))
+    assert exact * (1 - 1e-9) <= one.tpot.at(here.conditions()) <= queued * (1.25 if machines == 2 else 2)
+
+
+# Dies when cost/bill.py says `Kind.PARTIAL or True` for `Kind.PARTIAL or not before`.
+def test_a_partial_sum_queues_behind_the_stream_that_left_just_before_it() -> None:
+    """One divided layer: the device's summand of its attention follows the stream on the same way."""
+    here = world(SMALL, box(), box(), link=LinkSpec(0.01, 1e4, 1e9))
+    one = bill(
+        here, Decision(Partition.parse("edge[0:3] edge+cloud[3] edge[4:8]", SMALL, ("edge", "cloud"))), Job(8, 8)
+    )
+    step = Step(1, 11, 1, emits=True, is_prefill=False)
+    assert one.tpot.at(here.conditions()) == pytest.approx(token_s(here, one.plan, step, True), rel=0.01)

@@ -90,7 +90,7 @@ def instance(seed: int, sizes: tuple[tuple[int, int, int, int], ...], *, menus: 
 def _host(r: random.Random, number: int) -> Host:
     device = DeviceSpec(
         f"m{number}", 10 ** r.uniform(9, 12), 10 ** r.uniform(8, 10), 1e12,
-        launch_s=r.choice([0, 1e-5]), message_s=r.choice([0, 1e-4]),
+        launch_s=r.choice([0, 1e-5]), message_s=r.choice([0, 1e-4]), token_s=r.choice([0, 2e-4]),
         idle_w=1, decode_w=r.uniform(2, 9), prefill_w=r.uniform(3, 9), radio_w=1, slots=r.choice([1, 1, 8]),
     )  # fmt: skip
     return Host(device, Dtype.FP16, r.choice(list(Weights)))

@@ -19,9 +19,11 @@ from splitwise_llm.lyapunov import Budgets
 from splitwise_llm.observation import PLAIN, Chooser, Menu, Tools
 from splitwise_llm.policies import POLICIES
 from splitwise_llm.policies.choosers import Fixed, find_chooser, planned
+from splitwise_llm.policies.layer_chooser import layer_plans
 from splitwise_llm.policies.menus import menu
 from splitwise_llm.policies.mind import Splitwise
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
+from splitwise_llm.policies.per_layer import PerLayer
 from splitwise_llm.policies.planners import Planner, typical
 from splitwise_llm.records import Cell, Estimate
 from splitwise_llm.sim.draws import Traces, draw
@@ -110,7 +112,10 @@ class Setting:
             penalty, weights = typical(world, job, tools, self.limits, self.case.per_s)
             objectives[tools] = [Latency(), DriftPlusPenalty(penalty, weights)]
             for name, (_, policy) in POLICIES.items():
-                if not isinstance(policy, (Planner, Splitwise)) and not name.endswith("replanned"):
+                if isinstance(policy, PerLayer):
+                    plans = layer_plans(policy, world, job, tools, self.limits, states, self.case.per_s)
+                    extra |= dict.fromkeys(plans)
+                elif not isinstance(policy, (Planner, Splitwise)) and not name.endswith("replanned"):
                     try:
                         extra[planned(policy, world, job, tools, self.limits)] = None
                     except RequestError:

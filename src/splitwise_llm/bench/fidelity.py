@@ -54,6 +54,9 @@ DISTURBED = 0.15
 """A measurement is made again when other programs took more of the processors than this while it ran."""
 ATTEMPTS, PATIENCE = 3, 60
 """So often at most for one measurement, and for all of one model."""
+MESSAGES_RTT_S = 0.01
+"""Of the link that messages are timed on, without a limit of rate: it is no link of any case. Its delay is subtracted;
+what waiting for it makes of both ends, and the software of a shaper, are part of every message here."""
 THIS = DeviceSpec("this machine", 1e11, 1e10, 4e9)
 """Its roofline is never asked: every host of this bench carries measured units."""
 
@@ -127,7 +130,9 @@ class Stand:
             for factor in slower
         }
         self.pids += [child.process.pid for child in workers.values()]
-        self.loopback = Edge(self.machine, NAMES[1:], LinkTo({NAMES[1]: workers[1.0].address}))
+        unlimited = stack.enter_context(shaped_link(workers[1.0].address, "--rtt", f"{1e3 * MESSAGES_RTT_S:g}ms"))
+        self.pids.append(unlimited.process.pid)
+        self.unlimited = Edge(self.machine, NAMES[1:], LinkTo({NAMES[1]: unlimited.address}))
         self._edges: dict[tuple[str, float], Edge] = {}
         for link in links:
             for factor, child in workers.items():
@@ -185,7 +190,7 @@ class Stand:
             return None
         job, vocabulary = case.job, self.machine.spec.vocab_size
         if job not in self._texts:
-            async with self.loopback.generate(
+            async with self.unlimited.generate(
                 self._prompt(case), "all:edge", max_new_tokens=job.tokens_out, stop_ids=()
             ) as generation:
                 async for _ in generation:
@@ -220,13 +225,13 @@ async def measure(
     spec = stand.machine.spec
     async with Profiler(stand.machine, grid) as profiler:
         await profiler.round()  # the first touch of everything counts for nothing
-        before = await stand.undisturbed(lambda: _units(profiler, stand.loopback))
+        before = await stand.undisturbed(lambda: _units(profiler, stand.unlimited))
         for number, block in enumerate(blocks):
             # One decision at a time: a worker forgets what its last session needed and this one does not.
             for name in dict.fromkeys(case.name for case in block):
                 for case in [case for case in block if case.name == name] * repeats:
                     case.runs.append(await stand.undisturbed(partial(stand.run, case)))
-            after = await stand.undisturbed(lambda: _units(profiler, stand.loopback))
+            after = await stand.undisturbed(lambda: _units(profiler, stand.unlimited))
             units = Measured.between(before, after)
             before = after
             for case in block:
@@ -237,10 +242,10 @@ async def measure(
     return outcomes
 
 
-async def _units(profiler: Profiler, loopback: Edge) -> Measured:
+async def _units(profiler: Profiler, unlimited: Edge) -> Measured:
     profiler.forget()
     await profiler.round()
-    await profiler.messages(loopback, NAMES[1])
+    await profiler.messages(unlimited, NAMES[1], MESSAGES_RTT_S)
     return profiler.table()
 
 

@@ -7,7 +7,8 @@ Rules of counting, one formula each:
 - a crossing costs `rtt/2 + bytes/rate`, and the software at both ends;
 - K prefill chunks overlap as in a pipeline: a mean walk plus (1 - 1/K) of what the busiest machine or link has to do;
 - a token costs one walk of the loop: the way back to the embedding counts unless the head is on its machine, and a
-  visit to a shared machine waits for its running iteration unless the loop never leaves it.
+  visit to a shared machine waits for its running iteration unless the loop never leaves it. Where the loop passes the
+  device, the device's software for a token lies in it.
 """
 
 from __future__ import annotations
@@ -153,6 +154,8 @@ class _Walk:
                     sending_s = self.world.hosts[move.src].sending_s(self.plan.payload_bytes(move, self.step))
                     crossing = self.world.basis.form({0: sending_s})
                 self.critical.append(Delay.of([crossing]))
+        if not self.step.is_prefill and (self.plan.embed != self.plan.head or self.plan.embed == DEVICE):
+            self.critical.append(Delay.of([self.world.basis.form({0: self.world.hosts[DEVICE].token_s})]))
 
     def _stage(self, index: int, stage: Stage, arrivals: dict[int, Form]) -> dict[int, Form]:
         """Price a stage and what crosses after it; what the next stage's machines wait for."""
@@ -169,9 +172,23 @@ class _Walk:
             self.lead = Lead(lead.behind, lead.ahead, crossings[lead.behind, lead.ahead])
         ends = [computed[machine] for machine in joiners]
         ends += [computed[src] + crossing for (src, dst), crossing in crossings.items() if dst in joiners]
+        ends += [form for move in moves if move.dst in joiners for form in self._queued(index, move, arrivals)]
         self.critical.append(Delay.of(ends))
         self.ended_on = stage.machine if isinstance(stage, Serial) else None
         return {move.dst: self._crossing(move) for move in moves if move.kind is Kind.RESIDUAL}
+
+    def _queued(self, index: int, move: Move, arrivals: dict[int, Form]) -> list[Form]:
+        """When a partial sum is there that left while the stream for the same half was still on the same way: on
+        none of its legs does it overtake it."""
+        before = any(m.kind is Kind.RESIDUAL and (m.src, m.dst) == (move.src, move.dst) for m in self._into(index))
+        if move.kind is not Kind.PARTIAL or not before:
+            return []
+        size, basis = self.plan.payload_bytes(move, self.step), self.world.basis
+        legs = self.plan.legs(move.src, move.dst)
+        return [arrivals[move.dst] + basis.form({basis.inverse(*leg): size}) for leg in legs]
+
+    def _into(self, index: int) -> list[Move]:
+        return [move for move in self.plan.moves_after(index - 1) if self.plan.rows(move, self.step)] if index else []
 
     def _lead(self, stage: Stage, arrivals: dict[int, Form]) -> Lead | None:
         """Who is ahead in a half shared by two machines, if one is."""
@@ -184,9 +201,10 @@ class _Walk:
         basis = self.world.basis
         # Where the loop never leaves one machine, its caches still hold what the last token left there.
         rested = self.step.is_prefill or len(self.plan.decision.partition.machines) > 1
-        seconds = stage_seconds(self.world.spec, self.world.hosts[machine], stage, machine, self.step, rested)
-        self.busy_s[machine] += seconds
         visit = 0.0 if self.ended_on == machine else 1.0
+        waited = self.step.is_prefill or visit > 0
+        seconds = stage_seconds(self.world.spec, self.world.hosts[machine], stage, machine, self.step, rested, waited)
+        self.busy_s[machine] += seconds
         return basis.form({basis.slow(machine): seconds, basis.join(machine): visit})
 
     def _crossing(self, move: Move) -> Form:

@@ -30,7 +30,8 @@ class UnitTimes(Protocol):
         ...
 
     def stage_s(self, rows: int, rested: bool, batch: int = 1) -> float:
-        """What a stage computes besides its halves: positions, codec, and the first touch of everything."""
+        """What a stage computes besides its halves: positions, codec, the first touch of everything, and how much
+        longer its first halves take where the machine wakes there."""
         ...
 
     def call_s(self, threaded: bool) -> float:
@@ -39,6 +40,11 @@ class UnitTimes(Protocol):
 
     def message_s(self, num_bytes: float) -> float:
         """Software at one end of a message."""
+        ...
+
+    @property
+    def token_s(self) -> float:
+        """Software of a token loop between the last computation of a step and the first of the next."""
         ...
 
 
@@ -105,6 +111,11 @@ class Host:
         """Seconds of software at this end of a message."""
         return self.device.message_s if self.measured is None else self.measured.message_s(num_bytes)
 
+    @property
+    def token_s(self) -> float:
+        """Seconds of software per step of a token loop that passes here, besides messages; never stretched."""
+        return self.device.token_s if self.measured is None else self.measured.token_s
+
     def model_s(self, spec: ModelSpec, rows: int, context: int, batch: int = 1, rested: bool = False) -> float:
         """Seconds of one step of the whole model: what a serving machine advertises as its step time."""
         attention = self.half_s(spec, Part.ATTENTION, spec.num_kv_heads, rows, context, batch, rested)
@@ -152,24 +163,33 @@ def batch_seconds(spec: ModelSpec, host: Host, batch: Sequence[Rows], rested: bo
     return total
 
 
-def stage_seconds(spec: ModelSpec, host: Host, stage: Stage, machine: int, step: Step, rested: bool = False) -> float:
+def stage_seconds(
+    spec: ModelSpec,
+    host: Host,
+    stage: Stage,
+    machine: int,
+    step: Step,
+    rested: bool = False,
+    waited: bool | None = None,
+) -> float:
     """What one stage of a step takes `machine` if it is `host`: its units sub-block by sub-block, and the output
     projection where the head is. `rested`: it waited for others since its last step, as an emulated machine always
-    does, for it is slow by sleeping."""
+    does, for it is slow by sleeping; `waited` (None: as `rested`): just before this stage, so that it wakes here."""
     context, rows = step.start + step.count, step.count
     rested = rested or host.stretch != 1
+    waited = rested if waited is None else waited or host.stretch != 1
     if not isinstance(stage, Serial):
         units = sum(len(share.units) for share in stage.shares if share.machine == machine)
         if not units:
             return 0.0
         return host.half_s(spec, stage.part, units, rows, context, rested=rested) + host.stage_s(
-            rows, rested, is_prefill=step.is_prefill
+            rows, waited, is_prefill=step.is_prefill
         )
     halves = {
         Part.ATTENTION: (stage.stop + 1) // 2 - (stage.start + 1) // 2,
         Part.FFN: stage.stop // 2 - stage.start // 2,
     }
-    total = host.stage_s(rows, rested, is_prefill=step.is_prefill)
+    total = host.stage_s(rows, waited, is_prefill=step.is_prefill)
     for part, number in halves.items():
         if number:
             total += number * host.half_s(spec, part, counts.units_in(spec, part), rows, context, rested=rested)

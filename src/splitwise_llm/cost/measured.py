@@ -91,11 +91,13 @@ class Measured:
     source: str
     batches: tuple[BatchPoint, ...] = ()
     """Ascending, from one sequence on."""
+    token_s: float = 0.0
+    """What a token loop does on the device between two steps; 0 in files from before it was measured."""
 
     def __post_init__(self) -> None:
         seconds = [point[-1] for table in (self.halves, self.head, self.stage, self.message) for point in table]
         seconds += [value for point in self.batches for value in point[1:]]
-        for value in (*seconds, self.here_s, self.thread_s):
+        for value in (*seconds, self.here_s, self.thread_s, self.token_s):
             if not (math.isfinite(value) and value >= 0):
                 raise SpecError(f"a measured time is {value} s; expected 0 or more")
         batches = [point.batch for point in self.batches]
@@ -201,6 +203,7 @@ class Measured:
             first.thread_s + share * (second.thread_s - first.thread_s),
             first.source,
             tuple(_between(a, b, share) for a, b in zip(first.batches, second.batches, strict=True)),
+            first.token_s + share * (second.token_s - first.token_s),
         )  # fmt: skip
 
     def to_json(self) -> str:
@@ -250,6 +253,7 @@ class Measured:
             float(data["thread_s"]),
             str(data["source"]),
             tuple(BatchPoint(int(n), *(float(s) for s in rest)) for n, *rest in data.get("batches", ())),
+            float(data.get("token_s", 0.0)),
         )
 
     def check(self, model: ModelSpec, where: str | Path = "the table") -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -231,6 +231,10 @@ class Company:
         if who in self._seen:
             self._seen[who].went_s = now_s
 
+    def left(self, who: object) -> None:
+        """It is over: whoever comes next is no company of its."""
+        self._seen.pop(who, None)
+
     def is_alone(self, who: object, now_s: float) -> bool:
         """Whether nobody else was here lately."""
         return all(one is who or now_s - seen.came_s > COMPANY_S for one, seen in self._seen.items())
@@ -298,6 +302,13 @@ Due = Callable[[float, Sequence[Rows]], float]
 plays a slower one."""
 
 
+class _Call(NamedTuple):
+    work: Callable[[], Any]
+    result: Future[Any]
+    again: bool
+    """Whether whoever calls is likely to call again at once."""
+
+
 class Compute:
     """One thread: sessions share the processor instead of fighting over it, and the event loop stays free. `close` it.
 
@@ -307,7 +318,7 @@ class Compute:
     def __init__(self, threads: int, num_halves: int, clock: StepClock, due: Due) -> None:
         self._clock, self._num_halves, self._due = clock, num_halves, due
         self._more = threading.Condition()
-        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._calls: deque[_Call] = deque()
         self._decode: list[Job] = []
         self._turns = Turns()
         self._company = Company()
@@ -338,12 +349,13 @@ class Compute:
         with self._more:
             return ([1] if self._decode or self._calls else []) + self._turns.rows
 
-    def call(self, work: Callable[[], T]) -> Future[T]:
-        """Run something between two iterations."""
+    def call(self, work: Callable[[], T], again: bool = True) -> Future[T]:
+        """Run something between two iterations. `again`: more is likely to follow at once, as where a session opens;
+        it is waited for a little, and would keep a step waiting that comes instead."""
         result: Future[T] = Future()
         with self._more:
             self._enter()
-            self._calls.append((work, result))
+            self._calls.append(_Call(work, result, again))
         return result
 
     def submit(self, piece: Piece[Any]) -> Job:
@@ -383,10 +395,15 @@ class Compute:
             raise job.error
         return Computed(job.value, start_s, stop_s)
 
-    def is_quiet(self) -> bool:
-        """Whether nobody was here lately and nothing is being computed."""
+    def is_quiet(self, who: object) -> bool:
+        """Whether nobody else was here lately and nothing is being computed."""
         with self._more:
-            return not self._unfinished and self._company.is_alone(None, time.monotonic())
+            return not self._unfinished and self._company.is_alone(who, time.monotonic())
+
+    def forget(self, who: object) -> None:
+        """A session is over."""
+        with self._more:
+            self._company.left(who)
 
     # On the thread
 
@@ -395,7 +412,7 @@ class Compute:
         with torch.inference_mode():
             while not self._is_closed:
                 self._iterate()
-        for result in [result for _, result in self._calls] + [job.result for job in self._left()]:
+        for result in [call.result for call in self._calls] + [job.result for job in self._left()]:
             if not result.cancel():  # a prompt between two turns
                 result.set_exception(CancelledError())
 
@@ -422,10 +439,11 @@ class Compute:
         due = len(self._calls)  # these in any case; of those that follow, no endless stream
         while self._calls and not self._is_closed and (due > 0 or time.monotonic() < until_s):
             due -= 1
-            self._answer(*self._calls.popleft())
+            call = self._calls.popleft()
+            self._answer(call.work, call.result)
             with self._more:
                 left_s = min(CALL_AGAIN_S, until_s - time.monotonic())
-                if not self._calls and left_s > 0:
+                if call.again and not self._calls and left_s > 0:
                     self._more.wait_for(lambda: self._calls or self._is_closed, left_s)
 
     def _answer(self, work: Callable[[], Any], result: Future[Any]) -> None:

@@ -87,6 +87,8 @@ class Machine:
         """Held for a fault, beside what is open."""
         self._open: dict[object, _Open] = {}
         """By key, what each open share holds."""
+        self._shares: dict[object, Share] = {}
+        """By key, those of them that are loaded."""
         self._since_s, self._busy_s = time.monotonic(), 0.0
         self._short: deque[float] = deque(maxlen=200)
         """By how much this machine was slower than the one it plays."""
@@ -212,12 +214,13 @@ class Machine:
         self._check_fits(name, wanted)
         self._open[key] = wanted
         try:
-            return (await self.compute(lambda: self._load(need, capacity))).value
+            share = self._shares[key] = (await self.compute(lambda: self._load(need, capacity))).value
         except BaseException as error:
             self.release(key)
             if isinstance(error, MemoryError) or "allocate memory" in str(error):
                 raise MemoryTooSmall(f"{name} has no memory for its part: {error}; give it fewer layers") from error
             raise
+        return share
 
     async def keep_ready(self, partition: Partition, number: int) -> None:
         """Load what machine `number` would need, piece by piece and slowly, beside whatever is computed, and keep it
@@ -255,6 +258,8 @@ class Machine:
     def release(self, key: object) -> None:
         """The share is over; its slices stay until the next one opens, in case it needs them."""
         self._open.pop(key, None)
+        if (share := self._shares.pop(key, None)) is not None:
+            self._compute.forget(share)
 
     async def settle(self) -> None:
         """Return when nothing is computed any more that was given up before, and all other work handed in so far is
@@ -278,13 +283,15 @@ class Machine:
             raise
 
     async def compute(
-        self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None = None, here: bool = False
+        self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None = None, here: Share | None = None
     ) -> Computed[T]:
-        """Run `work` on the compute thread, between two iterations. Where `predicted` is given, an emulated machine
-        sleeps on until the time its device would have taken is up. `here` as in `run`."""
-        if here and self.emulate is None and self._compute.is_quiet():
+        """Run `work` on the compute thread, between two iterations. Where `predicted` is given, it is (a part of) a
+        step, and an emulated machine sleeps on until the time its device would have taken is up. `here`, the share it
+        is a step of, asks for this thread, as in `run`."""
+        if here is not None and self.emulate is None and self._compute.is_quiet(here):
             return self._timed(work, None)
-        return await asyncio.wrap_future(self._compute.call(partial(self._timed, work, predicted)))
+        call = self._compute.call(partial(self._timed, work, predicted), again=predicted is None)
+        return await asyncio.wrap_future(call)
 
     def _timed(self, work: Callable[[], T], predicted: Callable[[DeviceSpec], float] | None) -> Computed[T]:
         start_s = time.monotonic()

@@ -36,7 +36,7 @@ from splitwise_llm.wire import codec
 
 REST_S = 0.01
 """Long enough for a machine's caches to fill with other things, as while it waits for a link."""
-WARM_UP_STEPS, FLOWING_STEPS, RESTED_STEPS = 2, 10, 6
+WARM_UP_STEPS, FLOWING_STEPS, RESTED_STEPS, PROMPTS = 2, 10, 6, 3
 MESSAGE_ROWS = (1, 16, 64, 128)
 MESSAGE_TOKENS = 8
 FEW_ROWS = (2, 4, 8)
@@ -90,6 +90,18 @@ class _Timed:
     head_s: float
     total_s: float
 
+    @property
+    def awake(self) -> tuple[float, ...]:
+        """The halves, the first of each kind no longer than the others: a machine that has rested wakes once a stage,
+        however many halves follow."""
+        usual = [median(self.halves[kind + 2 :: 2] or self.halves[kind::2]) for kind in (0, 1)]
+        return tuple(min(half, most) for half, most in zip(self.halves[:2], usual, strict=True)) + self.halves[2:]
+
+    @property
+    def woke_s(self) -> float:
+        """What waking took."""
+        return sum(self.halves) - sum(self.awake)
+
 
 @dataclass(slots=True)
 class Profiler:
@@ -109,6 +121,7 @@ class Profiler:
     """By sequences, attention half, FFN half, the rest of the stage."""
     _calls: dict[bool, list[float]] = field(default_factory=lambda: defaultdict(list))
     _messages: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _tokens: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         longest = max(positions for positions, _ in (*self.grid.whole, *self.grid.partial))
@@ -173,15 +186,17 @@ class Profiler:
             await self._thread_call()
 
     async def _pass(self, units: Units, positions: int, chunk: int, whole: bool) -> None:
-        """A prompt, then decode steps: one straight after the other, and each after a rest."""
+        """A prompt a few times, then decode steps: one straight after the other, and each after a rest."""
         key, steps = object(), WARM_UP_STEPS + FLOWING_STEPS + RESTED_STEPS
         share = await self._open(key, units, positions + steps + max(FEW_ROWS))
         try:
-            await asyncio.sleep(REST_S)
-            for start in range(0, positions, chunk):
-                count = min(chunk, positions - start)
-                timed = await self._step(share, start, count, whole)
-                self._note(timed, units, count, start + count, True, whole)
+            for _ in range(PROMPTS):
+                share.cut(0)
+                await asyncio.sleep(REST_S)
+                for start in range(0, positions, chunk):
+                    count = min(chunk, positions - start)
+                    timed = await self._step(share, start, count, whole)
+                    self._note(timed, units, count, start + count, True, whole)
             for number in range(steps):
                 rested = number >= WARM_UP_STEPS + FLOWING_STEPS
                 if rested:
@@ -190,7 +205,7 @@ class Profiler:
                 if number >= WARM_UP_STEPS:
                     self._note(timed, units, 1, positions + steps // 2, rested, whole)
                     if whole:
-                        await self._walked(share, positions + number, 1, rested)
+                        await self._walked(share, positions + number, 1, rested, timed.woke_s if rested else 0.0)
             if chunk == positions:
                 await self._verifying(share, positions + steps, units, whole)
         finally:
@@ -208,15 +223,16 @@ class Profiler:
                 if number:
                     self._note(timed, units, rows, start + rows, rested, whole)
                     if whole:
-                        await self._walked(share, start, rows, rested)
+                        await self._walked(share, start, rows, rested, timed.woke_s if rested else 0.0)
 
-    async def _walked(self, share: Share, start: int, count: int, rested: bool) -> None:
-        """The step just taken once more, as the engine hands it to a machine: what it does around halves and head."""
+    async def _walked(self, share: Share, start: int, count: int, rested: bool, woke_s: float) -> None:
+        """The step just taken once more, as the engine hands it to a machine: what it does around halves and head, and
+        what the first halves took longer because the machine woke in them."""
         if rested:
             await asyncio.sleep(REST_S)
         share.cut(start)
-        done = await self.machine.compute(lambda: _around(share, self.machine.spec, start, count), here=True)
-        self._stage[count, rested].append(done.value)
+        done = await self.machine.compute(lambda: _around(share, self.machine.spec, start, count), here=share)
+        self._stage[count, rested].append(done.value + woke_s)
 
     async def _together(self, units: Units, positions: int) -> None:
         """Decode steps of several sequences at once, each after a rest."""
@@ -243,7 +259,8 @@ class Profiler:
         payload = bytes(WirePrecision.FP32.payload_bytes(count, spec.d_model))
         asked_s = time.monotonic()
         done = await self.machine.compute(
-            lambda: _timed_step(share, spec, payload, start, count, heads if whole else 0), here=count == 1
+            lambda: _timed_step(share, spec, payload, start, count, heads if whole else 0),
+            here=share if count == 1 else None,
         )
         if count == 1:
             self._calls[False].append(time.monotonic() - asked_s - (done.stop_s - done.start_s))
@@ -257,12 +274,12 @@ class Profiler:
         self._calls[True].append(time.monotonic() - asked_s - REST_S / 4)
 
     def _note(self, timed: _Timed, units: Units, rows: int, context: int, rested: bool, whole: bool) -> None:
-        for half, seconds in enumerate(timed.halves):
+        for half, seconds in enumerate(timed.awake if rested else timed.halves):
             part = Part.FFN if half % 2 else Part.ATTENTION
             self._halves[part, units[half % 2], rows, context, rested].append(seconds)
         if whole:
             if timed.heads != rows:
-                self._stage[rows, rested].append(timed.total_s - timed.head_s - sum(timed.halves))
+                self._stage[rows, rested].append(timed.total_s - timed.head_s - sum(timed.awake))
             else:
                 self._head[rows, rested].append(timed.head_s)
 
@@ -282,9 +299,11 @@ class Profiler:
 
     # Messages
 
-    async def messages(self, edge: Edge, worker: str) -> None:
-        """Take the software time of messages from sessions with a worker behind a link without delay (loopback):
-        what passes between one machine's computing and the other's, less what handing over to a thread costs.
+    async def messages(self, edge: Edge, worker: str, rtt_s: float = 0.0) -> None:
+        """Take the software time of messages from sessions with a worker behind a link without a limit of rate
+        (loopback, or one of so much delay): what passes between one machine's computing and the other's, less the delay
+        and what handing over to a thread costs; and that of a token, from the end of one step to the beginning of the
+        next.
 
         The device sleeps before it answers with a token, so that both ends are as cold as after a slow link.
         """
@@ -308,8 +327,10 @@ class Profiler:
             for step, gap_s in _gaps(generation.record):
                 count = rows if step == 0 else 1
                 calls_s = 2 * median(self._calls[count > 1]) if self._calls[count > 1] else 0.0
-                one_end_s = max(gap_s - calls_s, 0.0) / 4
+                one_end_s = max(gap_s - rtt_s - calls_s, 0.0) / 4
                 self._messages[WirePrecision.FP32.payload_bytes(count, spec.d_model)].append(one_end_s)
+            call_s = median(self._calls[False]) if self._calls[False] else 0.0
+            self._tokens += [max(gap_s - call_s, 0.0) for gap_s in _between_steps(generation.record)]
 
     def table(self) -> Measured:
         """Means of what was measured. Raises SpecError before the first round."""
@@ -328,6 +349,7 @@ class Profiler:
             tuple(halves), tuple(head), tuple(stage), tuple(message or [SizePoint(0, 0.0)]),
             here_s, max(thread_s, here_s), f"measured on {date.today().isoformat()}, torch {torch.__version__}",
             tuple(batches),
+            _mean(self._tokens or [0.0]),
         )  # fmt: skip
 
 
@@ -419,3 +441,12 @@ def _gaps(record: RequestRecord) -> list[tuple[int, float]]:
         if before and after:
             gaps.append((one.step, after.start_s - before.stop_s - (one.stop_s - one.start_s)))
     return gaps
+
+
+def _between_steps(record: RequestRecord) -> list[float]:
+    """What passed on the first machine from a token to the step that it begins (s); the prompt's does not count, for it
+    was computed on another thread."""
+    mine = {(one.step, one.stage): one for one in record.machines[0].intervals}
+    last = max(stage for _, stage in mine)
+    steps = range(1, max(step for step, _ in mine))
+    return [mine[step + 1, 0].start_s - mine[step, last].stop_s for step in steps]

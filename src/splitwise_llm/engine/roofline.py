@@ -86,6 +86,7 @@ def device_figures(
         "memory_efficiency": _figure(memory_rate / memory_peak, f"decode steps of whole halves, {said}"),
         "launch_s": _figure(launch_s, f"what is left of a half when its units go to none, {said}"),
         "message_s": _figure(units.message_s(0), f"sessions over loopback, {said}"),
+        "token_s": _figure(units.token_s, f"sessions over loopback, {said}"),
         "load_bytes_per_s": _figure(load_bytes_per_s, f"files that may be in the page cache, {said}"),
     }
     if watts:

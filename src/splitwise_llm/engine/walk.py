@@ -529,7 +529,7 @@ class Walker:
             host = Host(device, machine.dtype, machine.weights)
             return cost.stage_seconds(machine.spec, host, stop.stage, self.me, step)
 
-        here = not step.is_prefill and self.post.may_block
+        here = self.share if not step.is_prefill and self.post.may_block else None
         result = await machine.compute(work, predicted, here)
         if not adding:
             machine.clock.ran(step.count if step.is_prefill else 1, result.stop_s - result.start_s)

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from splitwise_llm.errors import RequestError
 from splitwise_llm.observation import Policy
 from splitwise_llm.policies.mind import Splitwise
+from splitwise_llm.policies.per_layer import PerLayer
 from splitwise_llm.policies.pipelines import EdgeShard, Program
 from splitwise_llm.policies.planners import PLANNERS
 from splitwise_llm.policies.splitting import LayerSplitting
@@ -17,6 +18,7 @@ POLICIES: dict[str, tuple[str, Policy]] = {planner.name: (planner.says, planner)
     "edgeshard-throughput": ("EdgeShard's throughput program", EdgeShard(Program.THROUGHPUT)),
     "layer-splitting": ("the cut that loses least accuracy, as measured, for its load", LayerSplitting.lossless()),
     "splitwise": ("a learned high level over the exact solver, which drift plus penalty keeps from harm", Splitwise()),
+    "splitwise-paper": ("the paper's own per-layer network, repaired, trained and asked at admission", PerLayer()),
     "edgeshard-replanned": ("EdgeShard's latency program for each request, now", EdgeShard(current=True)),
 }
 """Name -> (what it does, the policy)."""

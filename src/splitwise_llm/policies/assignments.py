@@ -124,13 +124,16 @@ class Search:
     def _cross(self, v: Floats, src: int, dst: int, step: int, size: float) -> float:
         """Count bytes; the seconds a message takes under the conditions."""
         world, basis = self.world, self.world.basis
-        near = DEVICE in (src, dst) or (min(src, dst), max(src, dst)) in world.links
         seconds = 0.0
-        for a, b in ((src, dst),) if near else ((src, DEVICE), (DEVICE, dst)):
+        for a, b in self._legs(src, dst):
             v[self._start("bytes") + 2 * self.lanes.index((a, b)) + self._kind(step)] += size
             seconds += world.hosts[a].message_s(size) + world.hosts[b].message_s(size)
             seconds += self.x[basis.rtt(a, b)] / 2 + size * self.x[basis.inverse(a, b)]
         return seconds
+
+    def _legs(self, src: int, dst: int) -> tuple[tuple[int, int], ...]:
+        near = DEVICE in (src, dst) or (min(src, dst), max(src, dst)) in self.world.links
+        return ((src, dst),) if near else ((src, DEVICE), (DEVICE, dst))
 
     def _visit(self, machine: int) -> float:
         return float(self.x[self.world.basis.join(machine)])
@@ -159,8 +162,9 @@ class Search:
                         arrival = self._arrival[number, end.ahead, m]
                     elif m not in end.held:
                         arrival = self._arrival[number, end.held[0], m]
+                    waited = step.is_prefill or m != end.after
                     seconds = self._seconds(m, part, end.counts[m], step) + self.world.hosts[m].stage_s(
-                        step.count, rested=True, is_prefill=step.is_prefill
+                        step.count, rested=waited, is_prefill=step.is_prefill
                     )
                     visit = 0.0 if m == end.after else self._visit(m)
                     computed[m] = arrival + visit + self._work(v, m, number, seconds)
@@ -170,7 +174,9 @@ class Search:
                 for w, j in permutations(machines, 2) if not silent else ():
                     if j in held:
                         summed = computed[w] + self._cross(v, w, j, number, size)
-                        ends += [summed] if j in joins else []
+                        came = j not in end.held and w == end.held[0]
+                        queued = self._queued(number, w, j, size) if came else summed
+                        ends += [summed, queued] if j in joins else []
                 v[number] += max(ends)
             if silent:
                 continue
@@ -182,6 +188,11 @@ class Search:
                 for m in others:
                     self._cross(v, held[0], m, number, size)
         return held
+
+    def _queued(self, number: int, src: int, dst: int, size: float) -> float:
+        """Seconds until a partial sum is there that queues behind the stream (see `cost.bill`)."""
+        slowest = max(float(self.x[self.world.basis.inverse(*leg)]) for leg in self._legs(src, dst))
+        return self._arrival[number, src, dst] + size * slowest
 
     @cached_property
     def _arrival(self) -> dict[tuple[int, int, int], float]:
@@ -208,7 +219,8 @@ class Search:
             for number, step in enumerate(self.steps):
                 if step.is_prefill or not loops:
                     v[number] += self._visit(embed)
-                stage_s = self.world.hosts[embed].stage_s(step.count, rested=True, is_prefill=step.is_prefill)
+                waited = step.is_prefill or not loops
+                stage_s = self.world.hosts[embed].stage_s(step.count, rested=waited, is_prefill=step.is_prefill)
                 v[number] += self._work(v, embed, number, stage_s)
             previous = _End(tuple(int(m == embed) for m in range(len(self.world.hosts))))
         else:
@@ -254,6 +266,8 @@ class Search:
                 v[number] += seconds if step.is_prefill or embed != head else 0.0
             if embed != DEVICE and step.is_prefill:
                 v[number] += self._cross(v, DEVICE, embed, number, 4.0 * step.count)
+            if not step.is_prefill and (embed != head or embed == DEVICE):
+                v[number] += self.world.hosts[DEVICE].token_s
             if embed not in (DEVICE, head) and not step.is_prefill:
                 v[number] += self._cross(v, DEVICE, embed, number, 4.0 * step.count)
         return v

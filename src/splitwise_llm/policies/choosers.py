@@ -18,8 +18,10 @@ from splitwise_llm.errors import RequestError
 from splitwise_llm.lyapunov import Budgets, Penalty
 from splitwise_llm.observation import Chooser, Menu, Observation, Policy, Tools
 from splitwise_llm.policies import find_policy
+from splitwise_llm.policies.layer_chooser import LayerChooser
 from splitwise_llm.policies.mind import Splitwise
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
+from splitwise_llm.policies.per_layer import PerLayer
 from splitwise_llm.policies.planners import EDGESHARD_REPLANNED, Planner, Pressure, When, typical
 
 Floats = NDArray[np.float64]
@@ -192,4 +194,6 @@ def find_chooser(
         return policy.chooser(tools, limits, budgets, v, arrivals_per_s)
     if isinstance(policy, Planner):
         return TableChooser(policy, tools, limits, budgets, v, arrivals_per_s, wait_term)
+    if isinstance(policy, PerLayer):
+        return LayerChooser(policy, tools.allow, limits, arrivals_per_s)
     return Fixed.of(policy, tools, limits)

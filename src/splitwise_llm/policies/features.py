@@ -35,11 +35,18 @@ COUNT = len(NAMES)
 FORECASTS = tuple(n for n, name in enumerate(NAMES) if name.startswith("forecast "))
 """Places of what is forecast: zero where that is left out."""
 TOTAL = COUNT + EPOCHS * len(SEEN)
+_BOUNDED = {"fresh", "down now", "one slot", "acceptance", "forecast outage soon", "forecast outage in a request"} | {
+    f"{mode.name.lower()} {name}" for mode in CLASSES for name in ("there", "now")
+}
+_OPEN = np.array([name not in _BOUNDED for name in NAMES])
+"""(COUNT,): what is squashed."""
 _LINK: Pair = (DEVICE, 1)
+_BACK: Pair = (1, DEVICE)
+_FAR = 1e9
 
 
-def _squash(x: Floats) -> Floats:
-    x = np.maximum(x, 0.0)
+def _squashed(x: Floats) -> Floats:
+    x = np.clip(x, 0.0, _FAR)  # what is out of reach is infinitely far
     squashed: Floats = x / (1 + x)
     return squashed
 
@@ -48,62 +55,66 @@ def features(priced: Priced, *, forecasts: bool = True) -> NDArray[np.float32]:
     """(systems, TOTAL): NAMES, then EPOCHS times SEEN, the latest epoch first."""
     menu, prepared = priced.menu, priced.prepared
     basis, penalty = menu.table.world.basis, prepared.penalty
-    t, n = penalty.t_ref_s, np.arange(len(priced.least))
-    past = menu.past or Past.nothing(len(n))
-    x, result = menu.conditions, np.zeros((len(n), TOTAL))
-    later = menu.remaining_tokens
-    _, high = forecast.answer_tokens(past, later)
-    up, down = x[:, basis.inverse(*_LINK)] * 1e5 / t, x[:, basis.inverse(*_LINK[::-1])] * 1e5 / t
-    drafter = menu.table.world.drafter
-    columns: list[Floats] = [
-        priced.fresh.astype(float), _squash(menu.waited_s / t), _squash(later / 100), _squash(high / 100),
-        _squash(x[:, basis.rtt(*_LINK)] / t * 10), _squash(up), _squash(down),
-        past.is_down.astype(float), _squash(past.since_s / 10), _squash(past.age_s / 10),
-        _squash(x[:, basis.slow(1)] - 1), _squash(x[:, basis.wait(1)] / t), _squash(x[:, basis.join(1)] / t * 10),
-        *_squash(menu.queues / t).T, *_squash(menu.virtual).T,
-        1 / past.slots, _squash(past.others[:, 0] / past.slots), _squash(past.others[:, 1] / 4),
-        np.full(len(n), _squash(np.asarray(penalty.w_energy))), np.full(len(n), drafter.acceptance),
-    ]  # fmt: skip
-    service = priced.prices.service_s[n, priced.best] + priced.prices.wait_s[n, priced.best]
-    columns += [
-        _squash(forecast.outage_left_s(past) / t), _squash(forecast.outage_mean_s(past) / t),
-        forecast.outage_within(past, np.full(len(n), t)), forecast.outage_within(past, service),
-        *_squash(forecast.rate_ratio(past)).T,
-    ]  # fmt: skip
-    unit = priced.bound - priced.least
+    t, count = penalty.t_ref_s, len(priced.least)
+    n = np.arange(count)
+    past = menu.past or Past.nothing(count)
+    raw, at = np.empty((count, COUNT)), 0
+
+    def put(*columns: NDArray[np.generic] | float) -> None:
+        nonlocal at
+        for column in columns:
+            raw[:, at] = column
+            at += 1
+
+    x = menu.conditions
+    _, high = forecast.answer_tokens(past, menu.remaining_tokens)
+    put(priced.fresh, menu.waited_s / t, menu.remaining_tokens / 100, high / 100)
+    put(x[:, basis.rtt(*_LINK)] * 10 / t, x[:, basis.inverse(*_LINK)] * 1e5 / t, x[:, basis.inverse(*_BACK)] * 1e5 / t)
+    put(past.is_down, past.since_s / 10, past.age_s / 10)
+    put(x[:, basis.slow(1)] - 1, x[:, basis.wait(1)] / t, x[:, basis.join(1)] * 10 / t)
+    put(*menu.queues.T / t)
+    put(*menu.virtual.T)
+    put(1 / past.slots, past.others[:, 0] / past.slots, past.others[:, 1] / 4)
+    put(penalty.w_energy, menu.table.world.drafter.acceptance)
+    prices, best = priced.prices, priced.best
+    service = prices.service_s[n, best] + prices.wait_s[n, best]
+    put(forecast.outage_left_s(past) / t, forecast.outage_mean_s(past) / t)
+    put(forecast.outage_within(past, np.full(count, t)), forecast.outage_within(past, service))
+    put(*forecast.rate_ratio(past).T)
     here = prepared.classes[np.maximum(menu.current, 0)]
+    unit = priced.bound - priced.least
     for number in range(len(CLASSES)):
         of_class = np.where(prepared.classes == number, priced.d1, np.inf)
-        best = of_class.argmin(axis=1)
-        there = np.isfinite(of_class[n, best])
-        worse = np.where(there, (of_class[n, best] - priced.least) / unit, 1e9)
-        prices = priced.prices
-        entry = np.where(priced.fresh, 0.0, menu.entry_s[n, best])
-        some = [
-            _squash(worse), _squash(prices.service_s[n, best] / t), _squash(prices.work.device_s[n, best] / t),
-            _squash(prices.work.cloud_s[n, best] / t), _squash(prices.device_j[n, best] / penalty.e_ref_j),
-            _squash(entry / t),
-        ]  # fmt: skip
-        columns += [there.astype(float), *(np.where(there, one, 1.0) for one in some), ~priced.fresh & (here == number)]
-    result[:, :COUNT] = np.stack(columns, axis=-1)
+        one = of_class.argmin(axis=1)
+        least = of_class[n, one]
+        there = np.isfinite(least)
+        entry = np.where(priced.fresh, 0.0, menu.entry_s[n, one] / t)
+        put(there)
+        some = (
+            np.where(there, least - priced.least, 0.0) / unit, prices.service_s[n, one] / t,
+            prices.work.device_s[n, one] / t, prices.work.cloud_s[n, one] / t,
+            prices.device_j[n, one] / penalty.e_ref_j, entry,
+        )  # fmt: skip
+        put(*(np.where(there, value, _FAR) for value in some))
+        put(~priced.fresh & (here == number))
+    raw[:, _OPEN] = _squashed(raw[:, _OPEN])
     if not forecasts:
-        result[:, FORECASTS] = 0.0
-    result[:, COUNT:] = _epochs(past, t).reshape(len(n), -1)
-    return result.astype(np.float32)
+        raw[:, FORECASTS] = 0.0
+    return np.concatenate([raw, _epochs(past, t).reshape(count, -1)], axis=1).astype(np.float32)
 
 
 def _epochs(past: Past, t: float) -> Floats:
     """(systems, EPOCHS, SEEN) squashed; rates as the time that 100 kB take."""
     seen = past.epochs
-    result = np.zeros_like(seen)
-    there = seen[..., 5] > 0
-    result[..., 0] = _squash(seen[..., 0] / 10)
+    raw = np.empty_like(seen)
+    raw[..., 0] = seen[..., 0] / 10
+    raw[..., 2] = seen[..., 2] * 10 / t
+    raw[..., 3:5] = 1e5 / t / np.maximum(seen[..., 3:5], 1e-3)
+    raw[..., 5] = seen[..., 5] - 1
+    raw[..., 6:8] = seen[..., 6:8] / t
+    result = _squashed(raw)
     result[..., 1] = seen[..., 1]
-    result[..., 2] = _squash(seen[..., 2] / t * 10)
-    with np.errstate(divide="ignore"):
-        result[..., 3:5] = _squash(np.where(seen[..., 3:5] > 0, 1e5 / np.maximum(seen[..., 3:5], 1e-9) / t, 1e9))
-    result[..., 5] = _squash(seen[..., 5] - 1)
-    result[..., 6:8] = _squash(seen[..., 6:8] / t)
+    there = seen[..., 5] > 0
     return np.where(there[..., None], result, 0.0)
 
 

@@ -63,9 +63,8 @@ def answer_tokens(past: Past, assumed: Floats) -> tuple[Floats, Floats]:
 
 
 def rate_ratio(past: Past) -> Floats:
-    """(systems, 2): rate up and down of the latest epoch over the median of those remembered; 1 without any."""
-    rates = past.epochs[:, :, [_UP, _DOWN]]
-    seen = rates > 0
-    middle = np.nanmedian(np.where(seen.any(axis=1, keepdims=True), np.where(seen, rates, np.nan), 1.0), axis=1)
-    latest = np.where(seen[:, 0], rates[:, 0], middle)
-    return np.where(seen.any(axis=1), latest / middle, 1.0)
+    """(systems, 2): rate up and down of the latest epoch over the mean of those remembered; 1 without any."""
+    rates = past.epochs[:, :, _UP : _DOWN + 1]
+    seen = (rates > 0).sum(axis=1)
+    mean = rates.sum(axis=1) / np.maximum(seen, 1)
+    return np.where((seen > 0) & (rates[:, 0] > 0), rates[:, 0] / np.maximum(mean, 1e-9), 1.0)

@@ -22,6 +22,7 @@ _RANGES = {
     "memory_efficiency": _SHARE,
     "launch_s": _SECONDS,
     "message_s": _SECONDS,
+    "token_s": _SECONDS,
     "load_bytes_per_s": Range(1e4, 1e13, "bytes/s (not bits)"),
     "idle_w": _WATTS,
     "decode_w": _WATTS,
@@ -81,6 +82,8 @@ class DeviceSpec:
     """Fixed time per sub-block (kernel launches, framework)."""
     message_s: float = 0.0
     """Software time at this end for one message sent or received: stack, copy, codec."""
+    token_s: float = 0.0
+    """Software time per step of a token loop that passes here: sampling's way to the text, and to the next step."""
     load_bytes_per_s: float = 1e9
     """Reading weights from storage."""
     idle_w: float = 0.0
@@ -120,7 +123,7 @@ class DeviceSpec:
 
 
 _REQUIRED = ("name", "flop_per_s", "memory_bytes_per_s", "memory_bytes")
-_OF_ENGINES = ("compute_efficiency", "memory_efficiency", "launch_s", "message_s")
+_OF_ENGINES = ("compute_efficiency", "memory_efficiency", "launch_s", "message_s", "token_s")
 
 
 def read_device(path: Path, engine: str | None) -> tuple[dict[str, Any], dict[str, str]]:

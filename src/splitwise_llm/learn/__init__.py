@@ -1,0 +1,1 @@
+"""How the learned policies come about; nothing here decides anything at run time."""

@@ -1,0 +1,192 @@
+"""What the high level learns in: settings drawn at random from the shipped devices and models. It knows no learner.
+
+Test settings are rows of `sim.scenarios`; these are not. Links, clouds, rates, slots, staleness, budgets and weights on
+energy are drawn here, and each trace differs again by `TRAIN.spread`.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from splitwise_llm.cost import World
+from splitwise_llm.cost.terms import Form
+from splitwise_llm.decision import WirePrecision
+from splitwise_llm.errors import RequestError
+from splitwise_llm.lyapunov import Budgets, Penalty
+from splitwise_llm.observation import PLAIN, Tools
+from splitwise_llm.policies.guided import Guide
+from splitwise_llm.policies.menus import menu
+from splitwise_llm.policies.objective import DriftPlusPenalty, Objective
+from splitwise_llm.policies.planners import PLANNERS, typical
+from splitwise_llm.sim.params import (
+    NEVER_S,
+    CloudClass,
+    CloudProcess,
+    LinkClass,
+    LinkProcess,
+    Params,
+    Seeing,
+    SharedCloud,
+)
+from splitwise_llm.sim.scenarios import (
+    AGX,
+    ALWAYS_BUSY,
+    BURSTY_CLOUD,
+    CALM_CLOUD,
+    FLOOR,
+    GPT2,
+    HEALTHY,
+    L7,
+    L13,
+    MEC,
+    ORIN,
+    PI5,
+    S23,
+    TUNNEL,
+    WAN,
+    Case,
+    Scenario,
+    build,
+    worlds,
+)
+from splitwise_llm.spec import LinkSpec
+
+TOOLS = Tools((WirePrecision.FP16, WirePrecision.INT8), (None, 32, 128), (0, 1, 2, 3, 4, 6))
+FEW_TOOLS = Tools((WirePrecision.FP16, WirePrecision.INT8), (None, 32))
+"""Without drafting."""
+STATES = 8
+"""Conditions that a table's plans are collected under."""
+PAIRS = ((ORIN, GPT2), (S23, GPT2), (PI5, GPT2), (ORIN, L7), (S23, L7), (PI5, L7), (AGX, L7), (ORIN, L13), (S23, L13))
+LINKS = (HEALTHY, WAN, MEC, TUNNEL)
+CLOUDS = (ALWAYS_BUSY, CALM_CLOUD, BURSTY_CLOUD)
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """One setting: a simulated system, and the exact solver that is guided in it."""
+
+    name: str
+    params: Params
+    guide: Guide
+
+
+def _scaled(link: LinkProcess, dice: np.random.Generator) -> LinkProcess:
+    """Rates, round trips and dwell times of all classes, each kind by a factor of its own."""
+    rate, rtt, dwell = np.exp(dice.uniform(np.log([0.4, 0.5, 0.4]), np.log([2.5, 2.0, 2.5]))).tolist()
+    classes = tuple(
+        LinkClass(
+            one.rtt_s * rtt, one.up_bytes_per_s * rate, one.down_bytes_per_s * rate, one.mean_dwell_s * dwell, one.is_up
+        )
+        for one in link.classes
+    )
+    return replace(link, classes=classes, periodic=bool(dice.random() < 0.2))
+
+
+def _crowd(dice: np.random.Generator) -> tuple[SharedCloud, int]:
+    """A cloud that the simulated devices load themselves: few of them, so that many worlds can be simulated, and as
+    few sessions for each as in a large one."""
+    devices = int(dice.integers(8, 25))
+    sessions = max(round(devices * dice.uniform(0.25, 0.6)), 2)
+    age_s = float(dice.choice([0.0, 0.0, 2.0, 10.0]))
+    return SharedCloud(sessions, background=int(dice.choice([0, 16, 32])), information_s=age_s), devices
+
+
+def _reference_s(device: str, model: str) -> float:
+    """About what a request of 128 tokens takes the device alone: to choose how often requests come."""
+    gib = {GPT2: 0.9, L7: 3.9, L13: 7.3}[model]
+    bandwidth = {ORIN: 70.0, AGX: 140.0, S23: 38.0, PI5: 10.5}[device]
+    return 130 * gib / bandwidth
+
+
+def course(seed: int, number: int) -> Course:
+    """Number `number` of a seed. Raises RequestError where what was drawn cannot run."""
+    dice = np.random.Generator(np.random.Philox([seed, number]))
+    is_crowd = number % 4 == 3
+    device, model = PAIRS[int(dice.integers(len(PAIRS)))]
+    floor = FLOOR if dice.random() < 0.4 else None
+    link = _scaled(LINKS[int(dice.integers(len(LINKS)))], dice)
+    cloud: CloudProcess | SharedCloud = _busier(CLOUDS[int(dice.integers(len(CLOUDS)))], dice)
+    devices, slots, burst = 1, int(dice.choice([1, 4])), 1.0
+    per_s = float(dice.uniform(0.1, 0.8)) / _reference_s(device, model)
+    if is_crowd:
+        cloud, devices = _crowd(dice)
+        device, model, floor, slots = (ORIN, L7, None, 4) if dice.random() < 0.6 else (S23, L7, None, 4)
+        per_s, burst = float(dice.uniform(0.06, 0.22)), float(dice.choice([1.0, 2.0, 3.0]))
+    tools = TOOLS if dice.random() < 0.7 else FEW_TOOLS
+    case = Case((device,), model, per_s)
+    scenario = Scenario(f"course-{number}", "", "", (case,), link, cloud, floor, burst=burst, num_devices=devices,
+                        slots=slots)  # fmt: skip
+    w_energy = float(dice.choice([0.0, 0.0, 0.02]))
+    seeing = Seeing(delay_s=float(dice.choice([0.0, 0.0, 0.5, 2.0])))
+    acceptance = float(dice.uniform(0.35, 0.8))
+    told = bool(dice.random() < 0.8)
+    return _made(scenario, case, tools, acceptance, w_energy, seeing, Budgets(), told)
+
+
+def _busier(cloud: CloudProcess, dice: np.random.Generator) -> CloudProcess:
+    batch, wait, dwell = np.exp(dice.uniform(np.log([0.6, 0.3, 0.4]), np.log([1.6, 2.0, 2.5]))).tolist()
+    classes = tuple(
+        CloudClass(max(round(one.batch * batch), 1), one.wait_s * wait, one.mean_dwell_s * dwell)
+        for one in cloud.classes
+    )
+    return replace(cloud, classes=classes)
+
+
+def _made(
+    scenario: Scenario, case: Case, tools: Tools, acceptance: float, w_energy: float, seeing: Seeing, budgets: Budgets,
+    told: bool,
+) -> Course:  # fmt: skip
+    arrivals = case.per_s if told else 0.0
+    tables = []
+    for world, job in worlds(scenario, case, acceptance):
+        penalty, weights = typical(world, job, tools, scenario.limits, arrivals)
+        objectives: list[Objective] = [DriftPlusPenalty(penalty, weights), DriftPlusPenalty(penalty, 4 * weights)]
+        few = [planner for planner in PLANNERS if planner.name in ("edge-only", "cloud-only", "neurosurgeon")]
+        states = _states(scenario, world)
+        tables.append(menu(world, job, (PLAIN, tools), scenario.limits, states, objectives, planners=few))
+    params = build(scenario, case, tables, seeing=seeing, budgets=budgets)
+    penalty = params.penalty
+    first = tables[0]
+    mine, _ = typical(first.world, first.bills[0].job, tools, scenario.limits, arrivals)
+    energy = w_energy * mine.e_ref_j / mine.t_ref_s
+    penalty = Penalty(mine.t_ref_s, mine.e_ref_j, w_energy=energy)
+    params = replace(params, penalty=penalty, sample_s=NEVER_S)  # nobody reads samples
+    guide = Guide(tools, scenario.limits, budgets, 1.0, arrivals, w_energy=w_energy)
+    name = f"{scenario.name}.{case.name}" + (f"x{scenario.num_devices}" if scenario.num_devices > 1 else "")
+    return Course(name, params, guide)
+
+
+def _states(scenario: Scenario, world: World) -> list[Form]:
+    """Conditions of every class of the link with the classes of the cloud, at most `STATES`."""
+    links = [kind for kind in scenario.link.classes if kind.is_up]
+    cloud = scenario.cloud
+    if isinstance(cloud, CloudProcess):
+        loads = [(kind.batch, kind.wait_s) for kind in cloud.classes]
+    else:
+        loads = [(1, 0.0), (cloud.sessions + cloud.background, 0.0), (cloud.sessions + cloud.background, 5.0)]
+    found = [
+        world.basis.conditions(
+            {(0, 1): LinkSpec(kind.rtt_s, kind.up_bytes_per_s, kind.down_bytes_per_s)},
+            {1: world.load(1, batch, wait_s)},
+        )
+        for kind in links
+        for batch, wait_s in loads
+    ]
+    return found[:: max(len(found) // STATES, 1)][:STATES]
+
+
+def courses(seed: int, count: int) -> list[Course]:
+    """So many that can run, the same for the same seed."""
+    found: list[Course] = []
+    number = 0
+    while len(found) < count:
+        with suppress(RequestError):  # a model that fits nowhere, as drawn: the next one
+            found.append(course(seed, number))
+        number += 1
+    return found
+
+
+__all__ = ["TOOLS", "Course", "course", "courses"]
