@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from test_one_session import admitted, values, wanting
 from typer.testing import CliRunner
 
 from splitwise_llm.cli import app
+from splitwise_llm.cli.decision_map import NUM_TRIPS, points
 from splitwise_llm.cli.turned import counted, turned
+from splitwise_llm.errors import RequestError
 from splitwise_llm.policies import mind, one_session
 from splitwise_llm.policies.knobs import NEUTRAL, Mode
 from splitwise_llm.policies.mind import Splitwise
@@ -110,3 +113,26 @@ def test_simulate_runs_it(tmp_path: object) -> None:
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "under splitwise" in done.output
+
+
+@pytest.mark.usefixtures("patient")
+def test_plan_draws_its_decisions_over_round_trip_time_and_load(tmp_path: Path) -> None:
+    file = tmp_path / "map.png"
+    done = CliRunner().invoke(app, [*SEVEN, "--policy", "splitwise", "--map", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "decisions over round-trip time and load" in done.output
+    assert file.read_bytes().startswith(b"\x89PNG")
+    done = CliRunner().invoke(app, [*SEVEN, "--policy", "splitwise", "--map", "map.txt"])
+    assert "ends in .png" in str(done.exception)
+
+
+def test_points_of_the_map_are_what_would_be_decided_there() -> None:
+    link = replace(WAN, rtt_s=0.001)
+    found = list(points(Splitwise(weights=network()), admitted(replace(TWO, links={(0, 1): link}))))
+    assert {point.batch for point in found} == {1}, "its worker serves one at a time"
+    assert len(found) == NUM_TRIPS
+    assert all(point.mode == point.plain_mode for point in found)
+    assert found[0].mode == "cloud"
+    assert not any(point.fell_back or point.turned for point in found)
+    with pytest.raises(RequestError, match="one --cloud"):
+        list(points(Splitwise(weights=network()), admitted(THREE)))

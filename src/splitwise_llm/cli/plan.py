@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from splitwise_llm.cli.decision_map import write_map
 from splitwise_llm.cli.options import JsonFile, app, out, write_json
 from splitwise_llm.cli.output import whole
 from splitwise_llm.cli.seeking import Progress, Seeker
@@ -72,6 +73,9 @@ def plan(
     explain: Annotated[
         bool, typer.Option(help="With --policy splitwise: the knobs it turned, and the plain solver beside it.")
     ] = False,
+    map_file: Annotated[
+        Path | None, typer.Option("--map", help="With --policy splitwise: a figure of its decisions over RTT and load.")
+    ] = None,
     edge_weights: Annotated[Weights, typer.Option(help="Weights on the device.")] = Weights.INT4,
     cloud_weights: Annotated[Weights, typer.Option(help="Weights on workers.")] = Weights.FULL,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that workers with slots run at a time.")] = 1,
@@ -91,8 +95,10 @@ def plan(
         raise RequestError(f"--tools {tools!r}: expected plain or all")
     if policy:
         find_policy(policy)
-    if explain and policy != Splitwise().name:
-        raise RequestError("--explain is for --policy splitwise, which turns knobs; others choose by the prices shown")
+    if map_file is not None and map_file.suffix not in (".png", ".svg", ".pdf"):
+        raise RequestError(f"--map {map_file}: expected a file that ends in .png, .svg or .pdf")
+    if (explain or map_file) and policy != "splitwise":
+        raise RequestError("--explain and --map are for --policy splitwise, which turns knobs; others have only prices")
     spec, job = find_model(model), Job.parse(request)
     if job.prompt_tokens + job.tokens_out > spec.max_context:
         raise RequestError(
@@ -108,6 +114,15 @@ def plan(
     _say_what_is_assumed(asked, model, tools, acceptance)
     with whole(json_file) as part, Progress() as progress:
         _answer(asked, policy, budget, progress, part, explain=explain)
+        chosen = find_policy(policy) if policy else None
+        if map_file is not None and isinstance(chosen, Splitwise):
+            progress.say("decisions over round-trip times and loads")
+            with whole(map_file) as drawn:
+                assert drawn is not None
+                count = write_map(
+                    chosen, asked.observation, f"{model} on {edge}, {request} tokens", drawn, map_file.suffix[1:]
+                )
+            out.print(f"{count} decisions over round-trip time and load: {map_file}", markup=False)
 
 
 def _links(texts: Sequence[str], workers: int, mesh: bool) -> dict[tuple[int, int], LinkSpec]:
