@@ -333,9 +333,9 @@ def _traces(params: Params, setting: Setting, requests: Sequence[Sequence[Asked]
 
 
 CELLS = tuple((device, model) for device in ("orin-nx", "s23", "pi5") for model in ("gpt2-xl", "llama-7b", "llama-13b"))
-CELL_LINK = LinkSpec(0.04, 2.5e6, 5e6)
+CELL_LINK = LinkSpec(0.01, 2.5e6, 5e6)
 CELL_JOB = Job(64, 64)
-CELL_STEP_S = 0.03
+CELL_STEP_S = 0.08
 """What a token takes the server at the least, live. Time goes more slowly for that, but no more: the engine's own
 times, such as the half second that it waits for a greeting, stay as they are."""
 
