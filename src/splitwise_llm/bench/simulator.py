@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 
+from splitwise_llm.bench.decision_time import add_decision_ms
 from splitwise_llm.bench.figures import Figures
 from splitwise_llm.cost import Job, Table, World
 from splitwise_llm.cost.terms import Form
+from splitwise_llm.errors import ModelError
 from splitwise_llm.observation import EVERYTHING, PLAIN, Chooser, Menu
+from splitwise_llm.policies import find_policy
 from splitwise_llm.policies.choosers import find_chooser
 from splitwise_llm.policies.menus import menu as make_table
+from splitwise_llm.policies.mind import Splitwise
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
 from splitwise_llm.policies.planners import typical
 from splitwise_llm.policies.solver import Solver
@@ -85,6 +90,11 @@ def run_simulator(
         figures.add(tag, records.steps / seconds, f"{records.steps} events")
     moves = params.physics.moves
     figures.add("move_cache_hits", moves.hits / (moves.hits + moves.misses), f"{moves.misses} of its prices were made")
+    with suppress(ModelError):  # no weights, no policy
+        policy = find_policy("splitwise")
+        assert isinstance(policy, Splitwise)
+        tell("one live session at a time")
+        add_decision_ms(figures, policy)
     tell(f"{states} random states, decided together and one by one")
     _compare(params, row, case, chooser, states, figures)
     return figures

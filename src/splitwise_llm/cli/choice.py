@@ -101,6 +101,8 @@ class Explained:
     called: str
     names: Sequence[str]
     say: Callable[[str], None]
+    besides: Callable[[Observation], Iterator[str]] | None = None
+    """What else there is to say of this policy."""
 
     def decide(self, observation: Observation) -> Decision:
         """What the policy decides."""
@@ -108,12 +110,14 @@ class Explained:
         says = explanation if observation.placement is None else move
         for line in says(self.called, decision, observation, self.names):
             self.say(line)
+        for line in self.besides(observation) if self.besides else ():
+            self.say(line)
         return decision
 
 
 def explanation(called: str, decision: Decision, observation: Observation, names: Sequence[str]) -> Iterator[str]:
     """The choice, its price, and the fastest other partition with its own, a line each."""
-    yield f"{called} chooses {_decision(decision, names)}"
+    yield f"{called} chooses {decision_text(decision, names)}"
     if observation.world is None:
         yield f"  {observation.unpriced('a price')}"
         return
@@ -127,7 +131,7 @@ def explanation(called: str, decision: Decision, observation: Observation, names
         yield "  no other partition is admissible"
     else:
         said = _price(price(world, other, job, conditions))
-        yield f"  fastest other partition: {_decision(other, names)}: {said}"
+        yield f"  fastest other partition: {decision_text(other, names)}: {said}"
 
 
 _WHY = {
@@ -147,7 +151,7 @@ def move(called: str, decision: Decision, observation: Observation, names: Seque
     assert placement is not None
     present = placement.decision
     moves = replace(decision, draft=present.draft) != present
-    told = f"{called} {'moves to' if moves else 'stays on'} {_decision(decision, names)}"
+    told = f"{called} {'moves to' if moves else 'stays on'} {decision_text(decision, names)}"
     if not moves and decision.draft != present.draft:
         told += f" instead of {_drafts(present.draft)}"
     running = Running.of(observation) if observation.world else None
@@ -160,7 +164,7 @@ def move(called: str, decision: Decision, observation: Observation, names: Seque
         return
     yield from _believed(observation, running.world, names)
     forbidden = obstacle(running.world, present, running.job, running.limits)
-    yield f"  staying on {_decision(present, names)}: {forbidden or _rest(running, present)}"
+    yield f"  staying on {decision_text(present, names)}: {forbidden or _rest(running, present)}"
     yield f"  moving, the way there included: {_rest(running, decision)}"
     yield f"  the way there: {_way(running, decision, names)}"
 
@@ -217,7 +221,8 @@ def _fastest_other(world: World, decision: Decision, observation: Observation) -
     return None
 
 
-def _decision(decision: Decision, names: Sequence[str]) -> str:
+def decision_text(decision: Decision, names: Sequence[str]) -> str:
+    """A decision in words."""
     drafts = f", {_drafts(decision.draft)}" if decision.draft else ""
     if len(decision.partition.machines) == 1:
         return decision.partition.text(names) + drafts

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from splitwise_llm.engine.drafting import Draft
     from splitwise_llm.engine.edge import Edge
     from splitwise_llm.engine.generation import Generation
+    from splitwise_llm.policies.mind import Splitwise
     from splitwise_llm.records import RequestRecord
 
 QUIET_EVENTS = ("fill", "carry", "attempt", "unreached")
@@ -305,6 +307,7 @@ class _Asked:
     def decides(self, edge: Edge) -> Policy:
         """Who decides, with patience and shadow as they were asked for."""
         from splitwise_llm.cli.choice import Chunked, Explained, Insisting
+        from splitwise_llm.cli.turned import turned
 
         said = self.said
         patience = None if said["patience"] is None else float(said["patience"])  # as text: JSON has no infinity
@@ -321,7 +324,18 @@ class _Asked:
             decides: Policy = Always(decision) if said["chunk"] is not None else Chunked(Always(decision))
         else:
             decides = Insisting.where_asked(self._policy, patience, said["shadow"])
-        return Explained(decides, self.policy_name or "--partition", edge.names, note) if self._explain else decides
+        if not self._explain:
+            return decides
+        policy = self.splitwise
+        besides = partial(turned, policy, names=edge.names) if policy else None
+        return Explained(decides, self.policy_name or "--partition", edge.names, note, besides)
+
+    @property
+    def splitwise(self) -> Splitwise | None:
+        """The policy of that name, if it is the one."""
+        from splitwise_llm.policies.mind import Splitwise
+
+        return self._policy if isinstance(self._policy, Splitwise) else None
 
 
 async def _show(generation: Generation, asked: _Asked, json_file: Path | None, quiet: bool) -> None:
@@ -354,6 +368,11 @@ async def _show(generation: Generation, asked: _Asked, json_file: Path | None, q
 
         for line in hindsight(record):
             note(line)
+        if asked.splitwise:
+            from splitwise_llm.cli.turned import counted
+
+            for line in counted(asked.splitwise):
+                note(line)
 
 
 def _summary(record: RequestRecord) -> str:

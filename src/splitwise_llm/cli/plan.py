@@ -10,9 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from splitwise_llm.cli.decision_map import write_map
 from splitwise_llm.cli.options import JsonFile, app, out, write_json
 from splitwise_llm.cli.output import whole
 from splitwise_llm.cli.seeking import Progress, Seeker
+from splitwise_llm.cli.turned import turned
 from splitwise_llm.cost import (
     NO_LOSS,
     UNLIMITED,
@@ -34,6 +36,7 @@ from splitwise_llm.plan import DEVICE
 from splitwise_llm.policies import POLICIES, find_policy
 from splitwise_llm.policies.bounds import least_total_s
 from splitwise_llm.policies.explain import Flip, Question, Sensitivity, sensitivities
+from splitwise_llm.policies.mind import Splitwise
 from splitwise_llm.policies.objective import Latency
 from splitwise_llm.policies.planners import Planner
 from splitwise_llm.policies.solver import Solution
@@ -67,6 +70,12 @@ def plan(
     request: Annotated[str, typer.Option(help="Prompt/output tokens.")] = "128/128",
     floor: Annotated[str, typer.Option(help="First+last layers that stay on the device, as in 2+2.")] = "",
     policy: Annotated[str, typer.Option(help="Show this planner's choice first.")] = "",
+    explain: Annotated[
+        bool, typer.Option(help="With --policy splitwise: the knobs it turned, and the plain solver beside it.")
+    ] = False,
+    map_file: Annotated[
+        Path | None, typer.Option("--map", help="With --policy splitwise: a figure of its decisions over RTT and load.")
+    ] = None,
     edge_weights: Annotated[Weights, typer.Option(help="Weights on the device.")] = Weights.INT4,
     cloud_weights: Annotated[Weights, typer.Option(help="Weights on workers.")] = Weights.FULL,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that workers with slots run at a time.")] = 1,
@@ -86,6 +95,10 @@ def plan(
         raise RequestError(f"--tools {tools!r}: expected plain or all")
     if policy:
         find_policy(policy)
+    if map_file is not None and map_file.suffix not in (".png", ".svg", ".pdf"):
+        raise RequestError(f"--map {map_file}: expected a file that ends in .png, .svg or .pdf")
+    if (explain or map_file) and policy != "splitwise":
+        raise RequestError("--explain and --map are for --policy splitwise, which turns knobs; others have only prices")
     spec, job = find_model(model), Job.parse(request)
     if job.prompt_tokens + job.tokens_out > spec.max_context:
         raise RequestError(
@@ -100,7 +113,16 @@ def plan(
     asked = _asked(world, job, _limits(floor, spec), batch, parse_seconds(wait), tools == "all")
     _say_what_is_assumed(asked, model, tools, acceptance)
     with whole(json_file) as part, Progress() as progress:
-        _answer(asked, policy, budget, progress, part)
+        _answer(asked, policy, budget, progress, part, explain=explain)
+        chosen = find_policy(policy) if policy else None
+        if map_file is not None and isinstance(chosen, Splitwise):
+            progress.say("decisions over round-trip times and loads")
+            with whole(map_file) as drawn:
+                assert drawn is not None
+                count = write_map(
+                    chosen, asked.observation, f"{model} on {edge}, {request} tokens", drawn, map_file.suffix[1:]
+                )
+            out.print(f"{count} decisions over round-trip time and load: {map_file}", markup=False)
 
 
 def _links(texts: Sequence[str], workers: int, mesh: bool) -> dict[tuple[int, int], LinkSpec]:
@@ -178,7 +200,9 @@ def _say_what_is_assumed(asked: _Asked, model: str, tools: str, acceptance: floa
     )
 
 
-def _answer(asked: _Asked, policy: str, budget_s: float, progress: Progress, json_file: Path | None) -> None:
+def _answer(
+    asked: _Asked, policy: str, budget_s: float, progress: Progress, json_file: Path | None, *, explain: bool = False
+) -> None:
     tools = asked.observation.tools
     solver = Seeker(asked.world, asked.job, tools, asked.limits, budget_s, progress)
     conditions = asked.world.conditions(asked.loads)
@@ -197,6 +221,10 @@ def _answer(asked: _Asked, policy: str, budget_s: float, progress: Progress, jso
     prices = {name: priced(choice) if isinstance(choice, Decision) else choice for name, choice in choices.items()}
     if policy:
         _show(f"{policy} chooses", prices[policy], asked)
+        chosen = find_policy(policy)
+        if explain and isinstance(chosen, Splitwise) and not isinstance(prices[policy], str):
+            for line in turned(chosen, asked.observation, asked.names):
+                out.print(line, markup=False)
     _show("best", best, asked)
     least_s = least_total_s(asked.world, asked.job, tools, asked.limits, conditions)
     above = None if solution.exact else best.total_s / least_s - 1

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from splitwise_llm.cost import Job, Limits, World, moving_from, obstacle, price
+from splitwise_llm.cost import IDLE, Job, Limits, World, moving_from, obstacle, price
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.drafting import Drafting
@@ -19,6 +19,7 @@ from splitwise_llm.engine.link_log import LinkLog
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.meters import battery_share
 from splitwise_llm.engine.post import Extent
+from splitwise_llm.engine.remembering import Epoch, Memory
 from splitwise_llm.engine.survey import ASSUMED, Pair, Rates, Survey
 from splitwise_llm.engine.telemetry import (
     Advert,
@@ -32,7 +33,7 @@ from splitwise_llm.engine.telemetry import (
 )
 from splitwise_llm.engine.walk import Request
 from splitwise_llm.errors import RequestError, SplitwiseError
-from splitwise_llm.observation import Always, Observation, Occasion, Placement, Policy, Tools, innermost
+from splitwise_llm.observation import Always, Observation, Occasion, Past, Placement, Policy, Tools, innermost
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.rebuild import Fill, Holdings, Way, gaps
@@ -78,6 +79,8 @@ class Controller:
     """Workers at which the session is open."""
     log: LinkLog = field(default_factory=LinkLog)
     """What was measured, for the record."""
+    memory: Memory | None = None
+    """Of this device and its one worker; None: nobody remembers."""
     began_s: float = field(default_factory=time.monotonic)
     _links: dict[int, ClassWatch] = field(default_factory=dict)
     _loads: dict[int, ClassWatch] = field(default_factory=dict)
@@ -87,6 +90,8 @@ class Controller:
     _met: int = 0
     """Workers that had been greeted by then; when another is, its figures are known at last."""
     _seen: Observation | None = None
+    _heard_s: dict[int, float] = field(default_factory=dict)
+    """By worker, when there was news of it last."""
     _noted: asyncio.Queue[Occasion] = field(default_factory=asyncio.Queue)
     _since_token: int = 0
     _last_s: float = 0.0
@@ -141,7 +146,28 @@ class Controller:
             battery=battery_share(),
             joules=(self.machine.joules[0] or 0.0) - self._start_j,
         )
+        if self.memory is not None and world is not None:
+            self._seen = replace(self._seen, past=self._past(self.memory, self._seen, world))
         return self._seen
+
+    def _past(self, memory: Memory, seen: Observation, world: World) -> Past:
+        """What is remembered until now; then now is remembered, too."""
+        now_s, worker = time.monotonic(), DEVICE + 1
+        is_up = worker not in seen.limits.unreachable
+        memory.saw(id(self), now_s, is_up=is_up)
+        heard_s, figures = self._heard_s.get(worker), self.figures.get(worker)
+        age_s = 0.0  # greeted just now; or out of reach, which is known at once
+        if is_up and heard_s is not None and figures is not None:
+            age_s = now_s - heard_s + figures.rtt_age_s
+        past = memory.past(id(self), now_s, age_s)
+        link, load, advert = world.links[DEVICE, worker], seen.loads.get(worker, IDLE), self.adverts.get(worker)
+        memory.decided(
+            Epoch(
+                now_s, is_up, link.rtt_s, link.up_bytes_per_s, link.down_bytes_per_s, load.slow, load.wait_s,
+                advert.queue_s if advert else 0.0,
+            )
+        )  # fmt: skip
+        return past
 
     def view(self, number: int) -> LinkView | None:
         """What measures the link to a worker as it is used; None where nobody would look at it."""
@@ -155,6 +181,7 @@ class Controller:
         self.figures[number] = figures
         others = max(advert.sessions - (number in self.joined), 0) if advert else 0
         self.log.add(number, time.monotonic(), figures, advert, others)
+        self._heard_s[number] = time.monotonic()
         if number not in self._links:  # compared with what the policy was shown of it at first
             rates, greeted = self.rates.get((DEVICE, number), ASSUMED), self.greeted.get(number)
             self._links[number] = link_watch()

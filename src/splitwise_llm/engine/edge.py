@@ -22,6 +22,7 @@ from splitwise_llm.engine.hosted import KEPT_BYTES
 from splitwise_llm.engine.journal import Entry, Journal, check, read_journal
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.peer import Connect
+from splitwise_llm.engine.remembering import Memory
 from splitwise_llm.engine.survey import Rates
 from splitwise_llm.engine.walk import GREEDY, NO_LOSS, Choose, Request
 from splitwise_llm.errors import RequestError, Unreachable
@@ -79,7 +80,10 @@ class Edge:
         tokenizer = Tokenizer(machine.checkpoint.directory)
         known = dict(self._rates(link, said, pairs) for link, said in (rates or {}).items())
         back = {(self._number(b), self._number(a)): address for (b, a), address in (turned or {}).items()}
-        self._device = Device(machine, tokenizer, self.names, connect or _nowhere, DirectLinks(pairs, back), known)
+        self._device = Device(
+            machine, tokenizer, self.names, connect or _nowhere, DirectLinks(pairs, back), known,
+            Memory() if len(workers) == 1 else None,
+        )  # fmt: skip
         self._paces: dict[Draft, Pace] = {}
 
     def __enter__(self) -> Self:

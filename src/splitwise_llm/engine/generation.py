@@ -34,6 +34,7 @@ from splitwise_llm.engine.memory import peak_memory_bytes
 from splitwise_llm.engine.moving import Moving
 from splitwise_llm.engine.peer import Connect, Peer
 from splitwise_llm.engine.post import Extent, Office, Post
+from splitwise_llm.engine.remembering import Memory
 from splitwise_llm.engine.shares import Shares
 from splitwise_llm.engine.standby import Standby
 from splitwise_llm.engine.survey import Rates
@@ -73,6 +74,8 @@ class Device:
     """Between workers."""
     rates: Mapping[tuple[int, int], Rates]
     """Of links, lower number first, as far as they are known."""
+    memory: Memory | None = None
+    """Of earlier requests, where there is one worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ class Generation:
         )
         self._controller = Controller(
             device.machine, device.names, dict(device.rates), device.direct.pairs, policy, request, limits, tools,
-            self._shares.fits, drafting,
+            self._shares.fits, drafting, memory=device.memory,
         )  # fmt: skip
         self._tokens: asyncio.Queue[Token | None] = asyncio.Queue()
         self._stream = TextStream(device.tokenizer)
@@ -525,6 +528,8 @@ class Generation:
     async def _leave(self) -> None:
         """Close every link and give the shares back."""
         await self._background.stop_all()
+        if self._device.memory is not None:
+            self._device.memory.left(id(self._controller), self._tokens_out if self.is_complete else None)
         await self._device.machine.settle()
         self._shares.release()
         await asyncio.to_thread(self._journal.close)  # it waits for the disk

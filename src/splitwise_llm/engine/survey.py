@@ -96,24 +96,31 @@ class Survey:
         """What a policy is shown. Without `tools`: what loses nothing. `world` is None unless every machine that
         answered is profiled.
 
-        A worker with n other sessions is taken to be n + 1 times as slow: it computes one piece at a time, and
-        every session may be computing.
+        A worker with n other sessions is taken to compute n + 1 sequences at a time, as every session may be
+        computing; where its figures are not known, one after the other.
         """
         missing = frozenset(range(1, len(self.names))) - set(self.greeted)
         others = {n: self._others(n) for n in self.greeted}
-        loads = {n: 1.0 + count for n, count in others.items() if count}
+        world, context = self._world(), request.prompt_tokens + max(request.max_new_tokens // 2, 1)
+        loads = {n: self._load(world, n, 1 + count, context) for n, count in others.items() if count}
         return Observation(
             self.machine.spec,
             tuple(self._view(number) for number in range(len(self.names))),
             request.prompt_tokens,
             request.max_new_tokens,
-            world=self._world(),
-            loads={number: Load(slow=slow, batch=slow) for number, slow in loads.items()},
+            world=world,
+            loads=loads,
             limits=replace(limits, unreachable=limits.unreachable | missing),
             tools=self._tools(tools),
             cautious=self._world(cautious=True) if self.figures else None,
             ages_s={(DEVICE, n): Ages(one.rtt_age_s, one.up_age_s, one.down_age_s) for n, one in self.figures.items()},
         )
+
+    @staticmethod
+    def _load(world: World | None, number: int, sessions: int, context: int) -> Load:
+        if world is None:
+            return Load(slow=float(sessions), batch=float(sessions))
+        return world.load(number, sessions, context=context)
 
     def _tools(self, tools: Tools | None) -> Tools:
         tools = tools or Tools((self._lossless(),), EVERYTHING.chunks, DRAFTS)

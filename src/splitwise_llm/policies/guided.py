@@ -182,12 +182,14 @@ class Guide:
         """(systems,): a plan, LATER, or _SHED."""
         menu, prepared = priced.menu, priced.prepared
         values = np.full(priced.d1.shape, np.inf)
-        for odds in np.unique(knobs.draft):
+        kinds = set(knobs.draft.tolist())
+        for odds in kinds:
             at = np.nonzero(knobs.draft == odds)[0]
-            some, turned = menu.at(at), knobs.at(at)
-            table = self._table_with(prepared.table, float(odds))
+            some, turned = (menu, knobs) if len(kinds) == 1 else (menu.at(at), knobs.at(at))
+            table = self._table_with(prepared.table, odds)
             plain = table is prepared.table and (turned.patience == 1.0).all()
-            prices = _rows(priced.prices, at) if plain else self._prices(some, table, turned.patience)
+            known = priced.prices if len(kinds) == 1 or not plain else _rows(priced.prices, at)
+            prices = known if plain else self._prices(some, table, turned.patience)
             values[at] = self._values(some, prepared, prices, turned)
         values = np.where(np.isfinite(priced.d1), values, np.inf)
         for number, mode in enumerate(CLASSES):

@@ -84,13 +84,14 @@ class Network:
         if x.shape[1] != TOTAL:
             raise ModelError(f"the policy takes {TOTAL} features, not {x.shape[1]}")
         plain, epochs = x[:, :COUNT], x[:, COUNT:].reshape(len(x), EPOCHS, len(SEEN))
-        hidden = np.zeros((len(x), self.gru_hidden.shape[1]), np.float32)
+        size = self.gru_hidden.shape[1]
+        hidden = np.zeros((len(x), size), np.float32)
         inputs = epochs[:, ::-1] @ self.gru_input.T + self.gru_input_bias
         for n in range(EPOCHS):
-            reset, update, new = np.split(inputs[:, n], 3, axis=1)
-            r, z, h = np.split(hidden @ self.gru_hidden.T + self.gru_hidden_bias, 3, axis=1)
-            update = _sigmoid(update + z)
-            hidden = (1 - update) * np.tanh(new + _sigmoid(reset + r) * h) + update * hidden
+            given, kept = inputs[:, n], hidden @ self.gru_hidden.T + self.gru_hidden_bias
+            gates = _sigmoid(given[:, : 2 * size] + kept[:, : 2 * size])
+            reset, update = gates[:, :size], gates[:, size:]
+            hidden = (1 - update) * np.tanh(given[:, 2 * size :] + reset * kept[:, 2 * size :]) + update * hidden
         both = np.concatenate([plain, hidden], axis=1)
         both = np.tanh(both @ self.first.T + self.first_bias)
         both = np.tanh(both @ self.second.T + self.second_bias)
@@ -105,4 +106,4 @@ class Network:
 
 
 def _sigmoid(x: Array) -> Array:
-    return np.asarray(1 / (1 + np.exp(-np.clip(x, -30, 30))), np.float32)
+    return np.asarray(1 / (1 + np.exp(-np.minimum(np.maximum(x, -30), 30))), np.float32)
