@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
-from policies.networks import network
 from splitwise_llm.bench.random_models import TINY, make_model
-from splitwise_llm.errors import ModelError
-from splitwise_llm.policies import mind
 
 settings.register_profile("splitwise", deadline=None, derandomize=True)
 settings.load_profile("splitwise")
 torch.set_num_threads(1)
 
 BUNDLED_TOKENIZER = Path(__file__).parent.parent / "src/splitwise_llm/data/bundled/tokenizer.json"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def policy_weights() -> Iterator[None]:
-    """Where no weights of the policy `splitwise` are shipped, it has neutral ones: what it is, but for its learning."""
-    with pytest.MonkeyPatch.context() as patch:
-        try:
-            mind.shipped()
-        except ModelError:
-            patch.setattr(mind, "shipped", network)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from policies.networks import network
+from policies.neutral_networks import network
 from splitwise_llm.bench import live
 from splitwise_llm.bench.figures import Figures
 from splitwise_llm.bench.live import DEVICE, POOR, WORKER, Setting, agreement, draw_requests, outages, scaled, trace

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from engine.test_policies_live import FAST, SLOWEST, lab
-from policies.networks import network
+from policies.neutral_networks import network
 from splitwise_llm.decision import Decision
 from splitwise_llm.observation import Observation
 from splitwise_llm.policies import one_session

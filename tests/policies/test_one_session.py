@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from neutral_networks import network
 from random_worlds import TWO_MACHINES, Instance, instance
 from test_in_flight import CLOUD, CRAWL, EDGE, JOB, SPEC, THREE, TWO, WAN, drawn, flying
 
-from networks import network
 from splitwise_llm.cost import Floor, Host, Job, Limits, Table, World, bill, obstacle
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import ModelError, RequestError

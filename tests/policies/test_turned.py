@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from neutral_networks import network
 from test_in_flight import CLOUD, EDGE, THREE, TWO, WAN, flying
 from test_one_session import admitted, values, wanting
 from typer.testing import CliRunner
 
-from networks import network
 from splitwise_llm.cli import app
 from splitwise_llm.cli.decision_map import NUM_TRIPS, points
 from splitwise_llm.cli.turned import counted, turned
