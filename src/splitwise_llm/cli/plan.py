@@ -40,6 +40,7 @@ from splitwise_llm.policies.mind import Splitwise
 from splitwise_llm.policies.objective import Latency
 from splitwise_llm.policies.planners import Planner
 from splitwise_llm.policies.solver import Solution
+from splitwise_llm.policies.tuned import Tuned
 from splitwise_llm.report import flips_table, partition_picture, plans_table, seconds_text
 from splitwise_llm.spec import Dtype, LinkSpec, ModelSpec, Weights, find_device, find_model
 from splitwise_llm.units import parse_seconds, show_bytes
@@ -216,7 +217,9 @@ def _answer(
     choices, hurried = {}, []
     for name in POLICIES:
         progress.say(f"what {name} would choose")
-        choices[name] = _choice(name, asked, solver)
+        choices[name] = (
+            _choice(name, asked, solver) if not is_spent or name == policy else _in_time(name, asked, solver)
+        )
         hurried += [name] if solver.is_spent else []
     prices = {name: priced(choice) if isinstance(choice, Decision) else choice for name, choice in choices.items()}
     if policy:
@@ -278,6 +281,13 @@ def _unproven(solution: Solution, above: float, spent_s: float | None) -> str:
         return f"(the best found in {spent_s:g} s, among {tried}; {bound}; --budget)"
     divided = "were not all tried" if solution.shared_considered else "cannot pay beside these"
     return f"(best of {solution.considered} cuts and U-shapes; halves divided between machines {divided}; {bound})"
+
+
+def _in_time(name: str, asked: _Asked, solver: Seeker) -> Decision | str:
+    """The same where the search is too long for the budget: who searches beside it is left out."""
+    if isinstance(POLICIES[name][1], (Splitwise, Tuned)):
+        return f"not asked, as its own search would not end in time; --policy {name} asks it"
+    return _choice(name, asked, solver)
 
 
 def _choice(name: str, asked: _Asked, solver: Seeker) -> Decision | str:
