@@ -7,13 +7,18 @@ make venv
 what="${1:-all}"
 for one in high low paper; do
   if [ "$what" = all ] || [ "$what" = "$one" ]; then
-    .venv/bin/splitwise train --learner "$one" --config default --processes 2 --out "out/training/$one"
+    processes=()
+    if [ "$one" = high ]; then processes=(--processes 2); fi
+    .venv/bin/splitwise train --learner "$one" --seed 0 --out "out/training/$one" "${processes[@]}"
   fi
 done
 for file in splitwise low_level per_layer; do
   for made in out/training/*/"$file.npz"; do
-    if [ -f "$made" ]; then
-      cmp "$made" "src/splitwise_llm/data/policies/$file.npz" && echo "$file: the shipped weights, bit for bit" || true
+    if [ ! -f "$made" ]; then continue; fi
+    if cmp -s "$made" "src/splitwise_llm/data/policies/$file.npz"; then
+      echo "$file: the shipped weights, bit for bit"
+    else
+      echo "$file: NOT bit for bit the shipped weights"
     fi
   done
 done

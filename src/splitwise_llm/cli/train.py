@@ -59,6 +59,8 @@ def train(
     if fresh:
         for name in MADE:
             (folder / name).unlink(missing_ok=True)
+        for lesson in (folder / "lessons").glob("*.npz"):
+            lesson.unlink()
     if learner is Learner.HIGH:
         weights = _high(config, folder, seed, start, processes, device, from_records or [])
     else:

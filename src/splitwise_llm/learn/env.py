@@ -12,6 +12,7 @@ learner keeps the probability of what it sampled, not of what was executed.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -190,10 +191,10 @@ class Learnable(VecEnv):
             count, gymnasium.spaces.Box(-1.0, 1.0, (TOTAL,), np.float32), gymnasium.spaces.MultiDiscrete(list(SIZES))
         )
 
+    @abstractmethod
     def gains(self) -> list[float]:
         """Of each course: reference times saved per request, mean over the worlds that have ended since the last
         call; NaN without any."""
-        raise NotImplementedError
 
     def step_async(self, actions: NDArray[Any]) -> None:
         self._actions = np.asarray(actions, np.int64)

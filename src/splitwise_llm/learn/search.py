@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,12 +132,13 @@ def _counts(saved: Floats, neutral: Floats) -> bool:
 
 def lessons(
     courses: Sequence[Course], seed: int, worlds: int, requests: int, samples: int, processes: int,
-    told: Callable[[Lesson], None],
+    told: Callable[[Lesson], None], folder: Path,
 ) -> list[Lesson]:  # fmt: skip
-    """One of each course, in their order, whoever computes them."""
+    """One of each course, in their order, whoever computes them; each is kept in `folder` and not sought again."""
     global _COURSES  # noqa: PLW0603 - what forked processes inherit; tables do not travel
     _COURSES = courses
-    tasks = [(n, seed + n, worlds, requests, samples) for n in range(len(courses))]
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [(folder / f"{n}.npz", n, (seed + n, worlds, requests, samples)) for n in range(len(courses))]
     found = []
     with ProcessPoolExecutor(processes, get_context("fork")) if processes > 1 else nullcontext() as pool:
         for one in pool.map(_lesson, tasks) if pool else map(_lesson, tasks):
@@ -148,9 +150,17 @@ def lessons(
 _COURSES: Sequence[Course] = ()
 
 
-def _lesson(task: tuple[int, int, int, int, int]) -> Lesson:
-    number, *rest = task
-    return lesson(_COURSES[number], *rest)
+def _lesson(task: tuple[Path, int, tuple[int, int, int, int]]) -> Lesson:
+    file, number, sizes = task
+    if file.exists():
+        with np.load(file) as kept:
+            action = tuple(kept["action"].tolist())
+            return Lesson(str(kept["course"]), action, float(kept["saved"]), kept["seen"])
+    one = lesson(_COURSES[number], *sizes)
+    part = file.with_suffix(".part.npz")
+    np.savez(part, course=one.course, action=one.action, saved=one.saved, seen=one.seen)
+    part.replace(file)  # whole or not at all: a run may be stopped at any time
+    return one
 
 
 __all__ = ["Lesson", "lesson", "lessons"]

@@ -318,7 +318,7 @@ def train(
     elif start is None:
         network(model, env).save(folder / "splitwise.npz")  # neutral, which saves nothing: what is kept must save more
         state["best"] = 0.0
-        taught = _taught(config, drawn, processes, tell)
+        taught = _taught(config, drawn, folder, processes, tell)
         loss = imitate(model, taught, config.imitation, config.seed)
         seen = np.concatenate([one.seen for one in taught])[:, :COUNT]
         env.low, env.high = np.minimum(env.low, seen.min(axis=0)), np.maximum(env.high, seen.max(axis=0))
@@ -343,7 +343,9 @@ def train(
     return folder / "splitwise.npz"
 
 
-def _taught(config: Config, drawn: Sequence[Course], processes: int, tell: Tell) -> list[Lesson]:
+def _taught(
+    config: Config, drawn: Sequence[Course], folder: Path, processes: int, tell: Tell
+) -> list[Lesson]:  # fmt: skip
     count = 0
 
     def told(one: Lesson) -> None:
@@ -355,7 +357,7 @@ def _taught(config: Config, drawn: Sequence[Course], processes: int, tell: Tell)
         tell(f"course {count} of {len(drawn)}, {one.course}: {knobs or 'neutral'} saves {100 * one.saved:.2f} %")
 
     sizes = (config.lesson_worlds, config.lesson_requests, config.lesson_samples)
-    return lessons(drawn, 100_000 * (config.seed + 1), *sizes, processes, told)
+    return lessons(drawn, 100_000 * (config.seed + 1), *sizes, processes, told, folder / "lessons")
 
 
 def _validate(
@@ -384,7 +386,9 @@ def _state(config: Config, folder: Path) -> dict[str, Any]:
     """What a run has come to. Raises SpecError where the folder holds another one."""
     file = folder / "state.json"
     if not file.exists():
-        return {"config": asdict(config), "updates": 0, "best": None, "curve": []}
+        begun: dict[str, Any] = {"config": asdict(config), "updates": 0, "best": None, "curve": []}
+        file.write_text(json.dumps(begun))  # what is kept from now on is of this configuration
+        return begun
     state: dict[str, Any] = json.loads(file.read_text())
     if state["config"] != asdict(config):
         raise SpecError(f"{folder} holds a run with another configuration; give another folder, or delete it")
