@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 from networks import steady_network
 from sim.worlds import CLOUD, CUT, EDGE, STEADY, Exact, Only, U, table, world
 from splitwise_llm.bench import yardsticks
-from splitwise_llm.bench.causal import Causal
 from splitwise_llm.bench.clairvoyant import clairvoyant_bound, least_cost
-from splitwise_llm.bench.iteration import Classes, Step
 from splitwise_llm.bench.kept import Shelf
 from splitwise_llm.bench.yardsticks import ROWS, Drift, Size, causal_row, find_row, run_yardsticks
 from splitwise_llm.cli import app
 from splitwise_llm.cost import Job, Limits, Table
 from splitwise_llm.errors import SpecError
+from splitwise_llm.learn.causal import Causal
+from splitwise_llm.learn.iteration import Classes, Step
 from splitwise_llm.lyapunov import Penalty
 from splitwise_llm.observation import EVERYTHING, Chooser, Menu
 from splitwise_llm.policies.choosers import find_chooser

@@ -42,17 +42,29 @@ class Penalty:
     wait_cap_s: float = 60.0
     wait_term: bool = True
     """Whether waiting counts beside the penalty. Without it the O(1/V), O(V) trade-off holds for c0."""
+    in_turn: float | None = None
+    """Load of a device that takes one request at a time; None: of any other, whose queues say enough."""
 
     def __post_init__(self) -> None:
         if min(self.t_ref_s, self.e_ref_j, self.n_ref, self.v) <= 0:
             raise SpecError(f"reference values and V are positive: {self}")
         if min(self.w_energy, self.w_accuracy, self.wait_cap_s) < 0:
             raise SpecError(f"weights are not negative: {self}")
+        if self.in_turn is not None and not 0 <= self.in_turn < 1:
+            raise SpecError(f"the load of a device is from 0 to below 1: {self}")
 
     def c0(self, service_s: Floats, joules: Floats, nats: Floats) -> Floats:
         """The penalty of a request that is served for `service_s`, waiting apart."""
         energy = self.w_energy * joules / self.e_ref_j
         return service_s / self.t_ref_s + energy + self.w_accuracy * nats / self.n_ref
+
+    def turn(self, total_s: Floats, waiting: Floats | float) -> Floats | float:
+        """What others wait when a request takes the device for `total_s` while so many wait: those, and whoever comes
+        before they are all done, `n x/T_ref + rho/(1 - rho) (n x/T_ref + x^2/(2 T_ref^2))`; 0 unless `in_turn`."""
+        if self.in_turn is None:
+            return 0.0
+        x, more = total_s / self.t_ref_s, self.in_turn / (1 - self.in_turn)
+        return waiting * x + more * (waiting * x + x**2 / 2)
 
 
 @dataclass(frozen=True, slots=True)

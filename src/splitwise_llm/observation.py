@@ -201,6 +201,11 @@ class Past:
     answers: Floats
     """(systems, 3): number, sum of tokens, sum of their squares, of answers that are finished."""
 
+    @property
+    def waiting(self) -> Floats:
+        """(systems,): requests at the device's door."""
+        return self.others[:, 1]
+
     @classmethod
     def nothing(cls, systems: int) -> Past:
         """Of devices that have just begun."""

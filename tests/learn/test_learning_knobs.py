@@ -42,8 +42,8 @@ def env(one: Course) -> CourseEnv:
 
 
 def test_neutral_knobs_save_nothing(one: Course) -> None:
-    """The twin is the same run, so that only the potential is left, which telescopes; and who comes to a busy device's
-    door between two events, whom the twin counts at once and the worlds from the next event on."""
+    """The twin is the same run, so that only the potential is left, which telescopes; who comes to a busy device's door
+    between two events is counted at once by both."""
     made = CourseEnv([one], 4, 0, requests=8)
     made.reset()
     neutral = np.tile(np.array(NEUTRAL), (4, 1))
@@ -52,7 +52,7 @@ def test_neutral_knobs_save_nothing(one: Course) -> None:
         made.play(neutral)
         saved += made._classes[0].gained
         made._classes[0].gained.clear()
-    assert np.abs(saved).max() < 0.1
+    assert np.abs(saved).max() < 1e-9
 
 
 def test_the_twin_counts_requests_in_flight(one: Course) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from splitwise_llm.bench.causal import Causal
 from splitwise_llm.bench.cells import (
     HINDSIGHT,
     TOOLS,
@@ -38,6 +37,7 @@ from splitwise_llm.bench.peers_lan import peer_cells
 from splitwise_llm.bench.recordings import link_files, read_recordings, spread_over
 from splitwise_llm.bench.variants import LEARNED, OURS, VARIANTS, digest_of, weight_files
 from splitwise_llm.errors import ModelError, RequestError, SpecError
+from splitwise_llm.learn.causal import Causal
 from splitwise_llm.observation import PLAIN, Tools
 from splitwise_llm.page import Ablation, MemoryRow, Scaling
 from splitwise_llm.page import Setting as PageSetting

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from splitwise_llm.bench.causal import Causal
 from splitwise_llm.bench.cells import WARM_UP, by_trace, load_states, mean_estimate
 from splitwise_llm.bench.clairvoyant import clairvoyant_bound, least_cost
 from splitwise_llm.bench.figures import Figures
@@ -24,6 +23,7 @@ from splitwise_llm.bench.variants import chooser_of, digest_of
 from splitwise_llm.cost import Entry, Table
 from splitwise_llm.decision import WirePrecision
 from splitwise_llm.errors import SpecError
+from splitwise_llm.learn.causal import Causal
 from splitwise_llm.lyapunov import Penalty
 from splitwise_llm.observation import Chooser, Menu, Tools
 from splitwise_llm.policies.choosers import Fixed, find_chooser
@@ -114,7 +114,10 @@ class Drift:
     def choose(self, menu: Menu) -> Ints:
         """Per system the number of a plan, -1 to go on as it is."""
         later, fresh = menu.remaining_tokens[:, None], (menu.current < 0)[:, None]
-        objective = DriftPlusPenalty(self.penalty, self.weights, menu.queues[:, None], menu.virtual[:, None])
+        waiting = menu.past.waiting[:, None] if menu.past else 0.0
+        objective = DriftPlusPenalty(
+            self.penalty, self.weights, menu.queues[:, None], menu.virtual[:, None], waiting=waiting
+        )
         entry = Entry(menu.entry_s, menu.entry_device_s, menu.entry_cloud_s)
         values = np.where(
             fresh,

@@ -49,6 +49,8 @@ class Limits:
     unreachable: frozenset[int] = frozenset()
     only: frozenset[int] | None = None
     """Machines that may be used; None: all."""
+    in_turn: bool = False
+    """The device takes one request at a time: others wait for all of it, wherever it is worked at."""
 
 
 UNLIMITED = Limits()

@@ -59,10 +59,10 @@ FEW_TOOLS = Tools((WirePrecision.FP16, WirePrecision.INT8), (None, 32))
 """Without drafting."""
 STATES = 8
 """Conditions that a table's plans are collected under."""
-PAIRS = ((ORIN, GPT2), (S23, GPT2), (PI5, GPT2), (ORIN, L7), (ORIN, L7), (S23, L7), (S23, L7), (PI5, L7), (AGX, L7),
-         (ORIN, L13), (ORIN, L13), (S23, L13))  # fmt: skip
-"""Twice those for which device and cloud are both worth a thought."""
-LINKS = (HEALTHY, WAN, MEC, TUNNEL)
+PAIRS = ((ORIN, GPT2), (S23, GPT2), (PI5, GPT2), *[(ORIN, L7)] * 3, (S23, L7), (S23, L7), (PI5, L7), (PI5, L7),
+         (AGX, L7), *[(ORIN, L13)] * 3, (S23, L13))  # fmt: skip
+"""Those oftener for which device and cloud are both worth a thought."""
+LINKS = (HEALTHY, WAN, WAN, MEC, MEC, TUNNEL)
 CLOUDS = (ALWAYS_BUSY, CALM_CLOUD, BURSTY_CLOUD)
 
 
@@ -121,7 +121,7 @@ def course(seed: int, number: int) -> Course:
     case = Case((device,), model, per_s)
     scenario = Scenario(f"course-{number}", "", "", (case,), link, cloud, floor, burst=burst, num_devices=devices,
                         slots=slots)  # fmt: skip
-    w_energy = float(dice.choice([0.0, 0.0, 0.02]))
+    w_energy = float(dice.choice([0.0, 0.02]))
     seeing = Seeing(delay_s=float(dice.choice([0.0, 0.0, 0.5, 2.0])))
     acceptance = float(dice.uniform(0.35, 0.8))
     told = bool(dice.random() < 0.9)

@@ -1,8 +1,9 @@
-"""Which constant knobs would have been best in a course: tried in simulation, priced exactly, to be imitated.
+"""Which simple rules would have been best in a course: tried in simulation, priced exactly, to be imitated.
 
-Knobs act through queues that take minutes to fill, so chance at single decisions says little of them. Here each value
-of each knob is held for whole runs, on the same traces as neutral knobs, and kept if it saves more than noise: the mean
-of the paired differences is `SIGNIFICANT` standard errors and `LEAST` of the cost.
+Knobs act through queues that take minutes to fill, so chance at single decisions says little of them. Here a rule holds
+one value of one knob in one kind of moment for whole runs, on the same traces as neutral knobs. What saves more than
+noise (the mean of the paired differences is `SIGNIFICANT` standard errors and `LEAST` of the cost) is put together, the
+best first, as long as it goes on saving.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,47 +24,101 @@ from splitwise_llm.lyapunov import Budgets
 from splitwise_llm.observation import Menu
 from splitwise_llm.policies.features import features
 from splitwise_llm.policies.guided import Guide
-from splitwise_llm.policies.knobs import HEADS, NEUTRAL, Knobs
+from splitwise_llm.policies.knobs import HEADS, NEUTRAL, SIZES, Knobs, Mode
 from splitwise_llm.sim.draws import Traces, draw
 from splitwise_llm.sim.episode import simulate
 from splitwise_llm.sim.scenarios import TRAIN
 
 Floats = NDArray[np.float64]
-Action = tuple[int, ...]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 SIGNIFICANT, LEAST = 2.0, 0.002
+EVERY = 3
+"""One in so many questions is kept."""
+_WHERE = {name: n for n, (name, _) in enumerate(HEADS)}
+
+
+class Moment(IntEnum):
+    """When a question is asked: at admission or in flight, and whether the link is seen to be down."""
+
+    FRESH = 0
+    GOING = 1
+    FRESH_DOWN = 2
+    GOING_DOWN = 3
+
+
+ALWAYS = tuple(Moment)
+
+
+def moments(menu: Menu) -> Ints:
+    """(systems,)"""
+    down = menu.past.is_down if menu.past else np.zeros(len(menu.current), np.bool_)
+    return (menu.current >= 0) + 2 * down.astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A knob that is held at a value in some moments."""
+
+    head: int
+    value: int
+    when: tuple[Moment, ...] = ALWAYS
+
+    def __str__(self) -> str:
+        name, values = HEADS[self.head]
+        held = f"mode {Mode(self.value).name.lower()}" if name == "mode" else f"{name} x {values[self.value]:g}"
+        when = " or ".join(one.name.lower().replace("_", ", ") for one in self.when)
+        return held if self.when == ALWAYS else f"{held} ({when})"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lesson:
-    """A course's best constants, and what was seen with them and with neutral ones."""
+    """A course's best rules, and what is seen under them and under none, with the actions they then ask for."""
 
     course: str
-    action: Action
+    rules: str
+    """For people; empty where none saves anything."""
     saved: float
     """Share of the cost of neutral knobs."""
     seen: NDArray[np.float32]
     """(samples, TOTAL)"""
+    actions: Ints
+    """(samples, heads)"""
 
 
 @dataclass(slots=True, eq=False)
 class _Holding:
-    """Constant knobs, and a sample of what they are shown."""
+    """Rules that are kept to as far as masks allow; and a sample of what they are shown, with what `taught` asks for
+    there."""
 
     guide: Guide
-    action: Action
-    every: int = 0
+    rules: Sequence[Rule]
+    taught: Sequence[Rule] | None = None
     in_flight: bool = True
-    seen: list[NDArray[np.float32]] | None = None
+    seen: list[NDArray[np.float32]] = field(default_factory=list)
+    actions: list[Ints] = field(default_factory=list)
+    when: list[Ints] = field(default_factory=list)
     _asked: int = 0
 
-    def choose(self, menu: Menu) -> NDArray[np.int64]:
+    def choose(self, menu: Menu) -> Ints:
         priced = self.guide.price(menu)
-        if self.seen is not None:
-            self._asked += 1
-            if self._asked % self.every == 0:
-                self.seen.append(features(priced))
-        return self.guide.guide(priced, Knobs.of(np.tile(np.array(self.action), (len(menu.current), 1)))).choice
+        now, masks = moments(menu), self.guide.masks(priced)
+        self._asked += 1
+        if self.taught is not None and self._asked % EVERY == 0:
+            self.seen.append(features(priced))
+            self.actions.append(_actions(self.taught, now, masks))
+            self.when.append(now)
+        return self.guide.guide(priced, Knobs.of(_actions(self.rules, now, masks))).choice
+
+
+def _actions(rules: Sequence[Rule], now: Ints, masks: Bools) -> Ints:
+    """(systems, heads): what rules ask for, where it may be asked for."""
+    actions = np.tile(np.array(NEUTRAL), (len(now), 1))
+    for rule in rules:
+        allowed = masks[:, sum(SIZES[: rule.head]) + rule.value]
+        actions[np.isin(now, rule.when) & allowed, rule.head] = rule.value
+    return actions
 
 
 def cost(course: Course, traces: Traces, chooser: _Holding) -> Floats:
@@ -74,55 +130,67 @@ def cost(course: Course, traces: Traces, chooser: _Holding) -> Floats:
 
 
 def lesson(course: Course, seed: int, worlds: int, requests: int, samples: int) -> Lesson:
-    """Try values of every knob alone, then what helped together. Fewer worlds of many devices, as each holds more."""
+    """Try every rule alone, then what helped together. Fewer worlds of many devices, as each holds more."""
     devices = course.params.num_devices
     per_device, worlds = max(requests // devices, 16), max(worlds // devices**0.5, 6)
     traces = draw(course.params, TRAIN.seed + seed, range(int(worlds)), per_device, TRAIN.spread)
 
-    def saved(action: Action) -> Floats:
-        return neutral - cost(course, traces, _Holding(course.guide, action))
+    def saved(rules: Sequence[Rule]) -> Floats:
+        return neutral - cost(course, traces, _Holding(course.guide, rules))
 
-    first = _Holding(course.guide, NEUTRAL, 3, seen=[])
-    neutral = cost(course, traces, first)
-    best, gain = NEUTRAL, np.zeros(len(neutral))
-    together: dict[int, tuple[float, int]] = {}
-    for head in _heads(course):
-        for value in _values(head):
-            action = (*NEUTRAL[:head], value, *NEUTRAL[head + 1 :])
-            one = saved(action)
-            if _counts(one, neutral) and one.mean() > together.get(head, (0.0, 0))[0]:
-                together[head] = float(one.mean()), value
-                if one.mean() > gain.mean():
-                    best, gain = action, one
-    if len(together) > 1:
-        action = tuple(together[head][1] if head in together else value for head, value in enumerate(NEUTRAL))
-        one = saved(action)
-        if one.mean() > gain.mean():
-            best, gain = action, one
-    again = _Holding(course.guide, best, 3, seen=[])
-    if best != NEUTRAL:
-        cost(course, traces, again)
-    rows = np.concatenate([*(first.seen or []), *(again.seen or [])])
+    neutral = cost(course, traces, _Holding(course.guide, ()))
+    helps = [(rule, one) for rule in candidates(course) if _counts(one := saved([rule]), neutral)]
+    best: list[Rule] = []
+    gain = np.zeros(len(neutral))
+    for rule, alone in sorted(helps, key=lambda each: -each[1].mean()):
+        if any(rule.head == other.head and set(rule.when) & set(other.when) for other in best):
+            continue
+        one = saved([*best, rule]) if best else alone
+        if _counts(one - gain, neutral):
+            best, gain = [*best, rule], one
+    shown = [_Holding(course.guide, rules, best) for rules in ([(), best] if best else [()])]
+    for each in shown:
+        cost(course, traces, each)
+    seen, actions, when = (
+        np.concatenate([part for each in shown for part in getattr(each, name)]) for name in ("seen", "actions", "when")
+    )
     dice = np.random.Generator(np.random.Philox([seed, 17]))
-    rows = rows[dice.permutation(len(rows))[:samples]]
-    return Lesson(course.name, best, float(gain.mean() / neutral.mean()), rows)
+    rows = _rows(when, samples, dice)
+    rules = ", ".join(map(str, best))
+    return Lesson(course.name, rules, float(gain.mean() / neutral.mean()), seen[rows], actions[rows])
 
 
-def _heads(course: Course) -> Iterator[int]:
-    """Knobs that can matter here for a whole run; modes are for moments."""
+def _rows(when: Ints, samples: int, dice: np.random.Generator) -> Ints:
+    """Rows to keep: as many of each kind of moment as there are, so that the rare ones are not lost."""
+    kinds = [dice.permutation(np.nonzero(when == moment)[0]) for moment in Moment]
+    rows: list[Ints] = []
+    left = samples
+    for n, kind in enumerate(sorted(kinds, key=len)):
+        rows.append(kind[: left // (len(kinds) - n)])
+        left -= len(rows[-1])
+    return np.concatenate(rows)
+
+
+def candidates(course: Course) -> Iterator[Rule]:
+    """What is tried: the outermost values of what can matter there (what half a step saves, a whole one mostly does,
+    too), and ways of running while the link is down."""
     drafts = any(one.decision.draft for table in course.params.physics.tables for one in table.bills)
-    outages = any(not kind.is_up for kind in course.params.link.classes)
-    for head, (name, _) in enumerate(HEADS):
-        matters = {"mode": False, "budgets": course.params.budgets != Budgets(), "draft": drafts, "patience": outages}
-        matters["link"] = course.params.num_devices > 1  # one device's own link never queued in any run that was tried
-        if matters.get(name, True):
-            yield head
-
-
-def _values(head: int) -> list[int]:
-    """The outermost: what half a step saves, a whole one mostly does, too."""
-    last = len(HEADS[head][1]) - 1
-    return [value for value in (0, last) if value != NEUTRAL[head]]
+    crowd, turns = course.params.num_devices > 1, course.guide.limits.in_turn
+    matters = {
+        "device": not turns,  # whole requests queue there: its own queue has no weight
+        "link": crowd,  # one device's own link never queued in any run that was tried
+        "cloud": True,
+        "budgets": course.params.budgets != Budgets(),
+        "draft": drafts,
+    }
+    for head, (name, values) in enumerate(HEADS):
+        if matters.get(name, False):
+            yield from (Rule(head, value) for value in (0, len(values) - 1) if value != NEUTRAL[head])
+    if any(not kind.is_up for kind in course.params.link.classes):
+        yield Rule(_WHERE["mode"], Mode.WAIT, (Moment.FRESH_DOWN,))
+        yield Rule(_WHERE["mode"], Mode.EDGE, (Moment.GOING_DOWN,))
+        patience = _WHERE["patience"]
+        yield from (Rule(patience, value, (Moment.GOING_DOWN,)) for value in (0, SIZES[patience] - 1))
 
 
 def _counts(saved: Floats, neutral: Floats) -> bool:
@@ -154,13 +222,14 @@ def _lesson(task: tuple[Path, int, tuple[int, int, int, int]]) -> Lesson:
     file, number, sizes = task
     if file.exists():
         with np.load(file) as kept:
-            action = tuple(kept["action"].tolist())
-            return Lesson(str(kept["course"]), action, float(kept["saved"]), kept["seen"])
+            return Lesson(
+                str(kept["course"]), str(kept["rules"]), float(kept["saved"]), kept["seen"], kept["actions"]
+            )  # fmt: skip
     one = lesson(_COURSES[number], *sizes)
     part = file.with_suffix(".part.npz")
-    np.savez(part, course=one.course, action=one.action, saved=one.saved, seen=one.seen)
+    np.savez(part, course=one.course, rules=one.rules, saved=one.saved, seen=one.seen, actions=one.actions)
     part.replace(file)  # whole or not at all: a run may be stopped at any time
     return one
 
 
-__all__ = ["Lesson", "lesson", "lessons"]
+__all__ = ["Lesson", "Moment", "Rule", "candidates", "lesson", "lessons", "moments"]

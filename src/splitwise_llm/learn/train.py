@@ -3,7 +3,7 @@
 1. Settings are drawn (`courses`), and simulated many worlds at a time (`env`): an action turns knobs, the reward is
    what that saved against exact drift plus penalty on the same trace.
 2. The network (`Reader`, two tanh layers, one head per knob) starts at neutral knobs, which are drift plus penalty.
-3. For each setting the best constant knobs are searched by simulation (`search`), and the network imitates them: it
+3. For each setting the best simple rules are searched by simulation (`search`), and the network imitates them: it
    learns to tell from what it sees which setting it is in.
 4. Proximal policy optimisation with action masks (sb3-contrib's `MaskablePPO`) goes on from there, moment by moment.
    Two things are ours: decisions are not equally far apart in time, so each step has a discount of its own (`Buffer`);
@@ -42,7 +42,7 @@ from splitwise_llm.observation import EPOCHS, SEEN
 from splitwise_llm.policies.features import COUNT
 from splitwise_llm.policies.guided import Constant
 from splitwise_llm.policies.knobs import NEUTRAL, SIZES
-from splitwise_llm.policies.mind import Mind, knob_name
+from splitwise_llm.policies.mind import Mind
 from splitwise_llm.policies.network import Network
 from splitwise_llm.sim.draws import draw
 from splitwise_llm.sim.episode import simulate
@@ -64,7 +64,7 @@ class Config:
     """Of each course, side by side."""
     requests: int = 40
     """Of each trace, all devices together."""
-    lesson_worlds: int = 16
+    lesson_worlds: int = 24
     lesson_requests: int = 30
     lesson_samples: int = 1500
     """Decisions of each course that are imitated."""
@@ -239,7 +239,7 @@ def imitate(model: MaskablePPO, taught: Sequence[Lesson], steps: int, seed: int)
     """Teach the actor the best constants of each course, from what was seen there; the last loss (nats per head)."""
     policy: Any = model.policy
     x = np.concatenate([one.seen for one in taught])
-    y = np.concatenate([np.tile(np.array(one.action), (len(one.seen), 1)) for one in taught])
+    y = np.concatenate([one.actions for one in taught])
     weight = np.concatenate([np.full(len(one.seen), 1 / max(len(one.seen), 1)) for one in taught])
     dice = np.random.Generator(np.random.Philox([seed, 23]))
     modules = (policy.features_extractor, policy.mlp_extractor.policy_net, policy.action_net)
@@ -351,10 +351,8 @@ def _taught(
     def told(one: Lesson) -> None:
         nonlocal count
         count += 1
-        knobs = ", ".join(
-            knob_name(head, value) for head, value in enumerate(one.action) if value != NEUTRAL[head]
-        )  # fmt: skip
-        tell(f"course {count} of {len(drawn)}, {one.course}: {knobs or 'neutral'} saves {100 * one.saved:.2f} %")
+        saves = f"{one.rules} saves {100 * one.saved:.2f} %" if one.rules else "neutral knobs"
+        tell(f"course {count} of {len(drawn)}, {one.course}: {saves}")
 
     sizes = (config.lesson_worlds, config.lesson_requests, config.lesson_samples)
     return lessons(drawn, 100_000 * (config.seed + 1), *sizes, processes, told, folder / "lessons")

@@ -98,6 +98,7 @@ class TableChooser:
             self.budgets,
             menu.remaining_tokens[:, None],
             menu.waited_s[:, None],
+            menu.past.waiting[:, None] if menu.past else 0.0,
         )
 
     def _prepare(self, table: Table) -> _Prepared:

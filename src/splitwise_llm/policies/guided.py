@@ -233,7 +233,7 @@ class Guide:
             weights, virtual = weights * scale, virtual * knobs.budgets[:, None, None]
         objective = DriftPlusPenalty(
             prepared.penalty, weights, menu.queues[:, None, :], virtual, self.budgets,
-            menu.remaining_tokens[:, None], menu.waited_s[:, None],
+            menu.remaining_tokens[:, None], menu.waited_s[:, None], menu.past.waiting[:, None] if menu.past else 0.0,
         )  # fmt: skip
         return objective.value(prices)
 

@@ -65,6 +65,8 @@ class DriftPlusPenalty:
     """Of the request, for the accuracy budget."""
     waited_s: Floats | float = 0.0
     """Since the request arrived: the deadline counts from there."""
+    waiting: Floats | float = 0.0
+    """Requests at the door of a device that takes them in turn."""
 
     @property
     def only_time(self) -> bool:
@@ -79,5 +81,6 @@ class DriftPlusPenalty:
             missed = (self.waited_s + prices.total_s > self.budgets.deadline_s).astype(float)
         tokens = np.asarray(self.tokens)
         g = lyapunov.overspending(self.budgets, prices.device_j, missed, prices.nats, tokens)
-        c0 = self.penalty.c0(prices.service_s, prices.device_j, prices.nats)
-        return lyapunov.objective(self.penalty, c0, prices.wait_s, self.queues, work, self.weights, self.virtual, g)
+        cost = self.penalty.c0(prices.service_s, prices.device_j, prices.nats)
+        cost = cost + self.penalty.turn(prices.total_s, self.waiting)
+        return lyapunov.objective(self.penalty, cost, prices.wait_s, self.queues, work, self.weights, self.virtual, g)

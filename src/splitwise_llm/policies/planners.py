@@ -100,12 +100,12 @@ class Planner:
     def _objective(self, observation: Observation) -> Objective:
         """What is made small for what is observed. The reference request is that of the expected world, with all
         machines: it does not wander while a link does."""
-        world = observation.nominal or observation.world
+        world, past = observation.nominal or observation.world, observation.past
         assert world is not None
         return self.objective(
             world, observation.job, observation.tools, replace(observation.limits, unreachable=frozenset()),
             observation.queues, observation.virtual, observation.arrivals_per_s, observation.budgets,
-            observation.remaining_tokens, observation.waited_s,
+            observation.remaining_tokens, observation.waited_s, past.waiting[0] if past else 0.0,
         )  # fmt: skip
 
     def _among(
@@ -154,9 +154,11 @@ class Planner:
         budgets: Budgets = Budgets(),  # noqa: B008 - frozen
         tokens: float = 128.0,
         waited_s: float = 0.0,
+        waiting: float = 0.0,
     ) -> Objective:
         """What it makes small: latency, or drift plus penalty with the weights of a typical request. `tokens` are
-        those still to come, `waited_s` the seconds since the request arrived: budgets count them."""
+        those still to come, `waited_s` the seconds since the request arrived: budgets count them. `waiting` are the
+        requests that wait at the device."""
         if self.pressure is Pressure.NONE:
             return Latency()
         penalty, weights = typical(world, job, tools, limits, arrivals_per_s)
@@ -164,7 +166,7 @@ class Planner:
             weights = weights * np.array([1.0, 1.0, 1.0, 0.0])
         return DriftPlusPenalty(
             penalty, weights, np.asarray(queues, dtype=float), np.asarray(virtual, dtype=float), budgets, tokens,
-            waited_s,
+            waited_s, waiting,
         )  # fmt: skip
 
 
@@ -176,7 +178,9 @@ def typical(
     world: World, job: Job, tools: Tools, limits: Limits, arrivals_per_s: float = 0.0
 ) -> tuple[Penalty, Floats]:
     """The reference a request is measured by (the best pure plan when nothing else goes on), and the weights of the
-    physical queues: own queues at the load that these arrivals make, the shared cloud's at `SHARED_LOAD`."""
+    physical queues: own queues at the load that these arrivals make, the shared cloud's at `SHARED_LOAD`. Where the
+    device takes requests in turn nothing queues but whole requests: that is in the penalty, and own queues have no
+    weight."""
     pure: list[Decision] = []
     for rule in (rules.either, rules.cuts):
         if not pure:
@@ -190,6 +194,9 @@ def typical(
     mean = work.max(axis=0)  # of the plans that use a queue, the one that is made for it
     load = np.minimum(arrivals_per_s * mean, SHARED_LOAD)
     load[3] = SHARED_LOAD
+    if limits.in_turn:
+        penalty = replace(penalty, in_turn=min(arrivals_per_s * penalty.t_ref_s, SHARED_LOAD))
+        load[:3] = 0.0
     return penalty, nominal_weights(penalty, mean, load)
 
 

@@ -95,7 +95,7 @@ class Scenario:
 
     @property
     def limits(self) -> Limits:
-        return Limits(floor=self.floor)
+        return Limits(floor=self.floor, in_turn=self.slots == 1)
 
     def case(self, name: str) -> Case:
         """Raises SpecError that names the cases there are."""

@@ -77,13 +77,12 @@ class Worlds:
             held = s.is_over.copy()
             s.is_over |= s.now >= self.until_s
             begin, drawn = s.now.copy(), s.drawn_j.sum(axis=1)
-            there = (s.phase != FREE).sum(axis=(1, 2)) + self._at_door(begin)
+            there, taken = (s.phase != FREE).sum(axis=(1, 2)), s.taken.copy()
             ended += step(params, self.traces, s)[0]
             s.is_over &= held | ~(s.now >= self.until_s)
             dt = s.now - begin
-            beta = self.beta_per_s
-            weight = np.exp(-beta * tau)
-            cost += weight * (-np.expm1(-beta * dt) / beta if beta else dt) * there / penalty.t_ref_s
+            weight = np.exp(-self.beta_per_s * tau)
+            cost += weight * (there * self._discounted(dt) + self._at_door(begin, dt, taken)) / penalty.t_ref_s
             cost += weight * penalty.w_energy * (s.drawn_j.sum(axis=1) - drawn) / penalty.e_ref_j
             tau += dt
         for part in ended:
@@ -96,12 +95,23 @@ class Worlds:
             np.add.at(cost, part.world, lump)
         return Passed(tau, cost, tuple(ended))
 
-    def _at_door(self, now: Floats) -> Floats | float:
+    def _at_door(self, begin: Floats, dt: Floats, taken: Ints) -> Floats | float:
+        """(worlds,): discounted seconds that requests waited there, who came in this time included. `taken` are those
+        of each device that had been let in when it began."""
         if self.params.arrivals.think_s is not None:
             return 0.0
-        come = (self.traces.arrival_s <= now[:, None, None]).sum(axis=2)
-        waiting: Floats = (come - self.state.taken).sum(axis=1).clip(min=0).astype(np.float64)
-        return waiting
+        arrival_s = self.traces.arrival_s
+        waits = np.arange(arrival_s.shape[2]) >= taken[:, :, None]
+        begun = np.clip(arrival_s - begin[:, None, None], 0.0, dt[:, None, None])  # after dt: no time at all
+        waited: Floats = self._discounted(dt[:, None, None]) - self._discounted(begun)
+        result: Floats = np.where(waits, waited, 0.0).sum(axis=(1, 2))
+        return result
+
+    def _discounted(self, seconds: Floats) -> Floats:
+        """What so many seconds from now on weigh."""
+        beta = self.beta_per_s
+        result: Floats = -np.expm1(-beta * seconds) / beta if beta else seconds
+        return result
 
 
 __all__ = ["BETA_PER_S", "Passed", "Worlds"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from splitwise_llm.bench.iteration import PARTS, STEP_TOKENS, Iteration, Values
+from splitwise_llm.learn.iteration import PARTS, STEP_TOKENS, Iteration, Values
 from splitwise_llm.observation import Menu
 from splitwise_llm.sim.params import Params
 from splitwise_llm.sim.physics import PROMPT, Floats, Ints
