@@ -197,6 +197,22 @@ def test_nominal_weights_are_what_work_costs_later_arrivals_of_a_queue() -> None
 
 
 # Dies when lyapunov.py says `- theta` for `- theta * frame_s`.
+# Dies when lyapunov.py says `waiting * x + x**2` for `waiting * x + x**2 / 2`.
+@given(st.floats(0.0, 0.9), st.integers(0, 5), st.floats(0.1, 10.0))
+def test_a_turn_costs_what_it_makes_others_wait(load: float, waiting: int, total_s: float) -> None:
+    """Served one by one, each for T_ref: a little longer for this request is as much longer for everybody of the busy
+    period that it begins, which holds those at the door and `rho / (1 - rho)` for each second of work in it."""
+    t_ref = 2.0
+    pieces = (np.arange(1000) + 0.5) * total_s / 1000  # how long it has been so far
+    later = load / t_ref * (pieces + waiting * t_ref) / (1 - load)
+    delays = (waiting + later).sum() * total_s / 1000
+    assert Penalty(t_ref, in_turn=load).turn(np.array(total_s), waiting) == pytest.approx(delays / t_ref)
+
+
+def test_who_serves_several_at_a_time_keeps_nobody_waiting() -> None:
+    assert Penalty(2.0).turn(np.array([1.0, 5.0]), 3.0) == 0.0
+
+
 def test_theta_settles_at_the_cost_per_time() -> None:
     penalty, theta, elapsed = Penalty(1.0), np.array(0.0), np.array(0.0)
     rng = np.random.default_rng(1)

@@ -52,7 +52,8 @@ Floats = NDArray[np.float64]
 
 CAUSAL, CLAIRVOYANT = "causal", "clairvoyant"
 NO_FIGURES = ("cli", "engine", "learn", "model", "page", "report.py", "wire")
-"""Rooms whose source no cell depends on."""
+"""Rooms whose source no cell depends on, but for `YARDSTICK`."""
+YARDSTICK = ("causal.py", "iteration.py")
 
 RIVALS = (
     "cloud-only", "edge-only", "even-split", "memory-proportional", "best-static", "neurosurgeon",
@@ -65,7 +66,7 @@ FEW = (
     "edge-only+tools", "best-static+tools", "edgeshard-replanned+tools", "drift+tools",
     *(name + WITH_TOOLS for name in LEARNED),
 )  # fmt: skip
-"""What is quick: those that claims and bars are about."""
+"""What is quick, or `few`: those that claims and bars are about."""
 CROWD = 10
 CROWDED = ("cloud-only", "edge-only", "router", "drift-selfish", "drift", *LEARNED, "cloud-only+tools", "drift+tools")
 FEW_CROWDED = ("drift-selfish", "drift", *LEARNED[:2])
@@ -101,6 +102,8 @@ class Grid:
     """Leave out what recorders paused in, instead of refusing it."""
     weights: Path | None = None
     """A folder of weights, each of which becomes a row `splitwise@NAME`."""
+    few: bool = False
+    """Every case, but the policies of what is quick only."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -110,7 +113,8 @@ class Grid:
         digest = hashlib.sha256(repr(settings).encode())
         root = Path(str(resources.files("splitwise_llm")))
         for file in sorted(root.rglob("*.py")):
-            if file.relative_to(root).parts[0] not in NO_FIGURES and file.name not in ("bars.py", "claims.py"):
+            counts = file.relative_to(root).parts[0] not in NO_FIGURES or file.name in YARDSTICK
+            if counts and file.name not in ("bars.py", "claims.py"):
                 digest.update(file.read_bytes())
         return digest.hexdigest()[:16]
 
@@ -126,11 +130,12 @@ class Grid:
         """Every rival with and without tools, ours with other weights, and ours without each ingredient; a crowd of
         devices on one cloud is slow to simulate, so fewer there."""
         seeds = tuple(f"{OURS}@{name}" for name in self.weight_files)
+        few = self.quick or self.few
         if scenario.num_devices > CROWD:
-            return (*(FEW_CROWDED if self.quick else CROWDED), *seeds)
-        both = tuple(name + tools for tools in ("", WITH_TOOLS) for name in (*(() if self.quick else RIVALS), *seeds))
-        ablated = ABLATED if not self.quick or scenario.name in QUICKLY_ABLATED else ()
-        return (*(FEW if self.quick else ()), *both, *ablated)
+            return (*(FEW_CROWDED if few else CROWDED), *seeds)
+        both = tuple(name + tools for tools in ("", WITH_TOOLS) for name in (*(() if few else RIVALS), *seeds))
+        ablated = ABLATED if not few or scenario.name in QUICKLY_ABLATED else ()
+        return (*(FEW if few else ()), *both, *ablated)
 
     def cases(self, scenario: Scenario) -> tuple[Case, ...]:
         """All, or where it is quick the first (of rush-hour the one near capacity)."""

@@ -211,9 +211,10 @@ def causal_row(
     `drift` is told; `weights` are files of theirs. Raises ModelError where weights are missing."""
     setting = _setting(row, w_energy, size or Size())
     params, traces, limits = setting.params, setting.traces, row.scenario.limits
+    alone = replace(setting.penalty, in_turn=None)
     choosers: dict[str, Chooser] = {
         "drift": Drift(setting.penalty, setting.weights),
-        "drift_alone": Drift(setting.penalty, setting.weights * np.array([0.0, 0.0, 0.0, 1.0])),
+        "drift_alone": Drift(alone, setting.weights * np.array([0.0, 0.0, 0.0, 1.0])),
         "router": find_chooser("router", TOOLS, limits),
     }
     choosers |= {name: chooser_of(name, TOOLS, limits, row.per_s, weights or {}, w_energy=w_energy) for name in learned}

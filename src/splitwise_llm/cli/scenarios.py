@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @bench.command("scenarios")
 def bench_scenarios(
     quick: Annotated[bool, typer.Option(help="A case or two of each scenario, fewer policies and traces.")] = False,
+    few: Annotated[bool, typer.Option("--few", help="Every case, only the policies that bars are about.")] = False,
     scenario: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
     traces: Annotated[Path | None, typer.Option(help="Folder of recorded links, for real-traces.")] = None,
     requests: Annotated[Path | None, typer.Option(help="Recorded requests, for real-traces.")] = None,
@@ -51,7 +52,7 @@ def bench_scenarios(
         raise RequestError("--cut-gaps is of recordings: give --traces DIR and --requests FILE, too")
     usual = Size(8, 50, 10) if quick else Size(32, 70, 20)
     size = Size(worlds or usual.traces, requests_per_trace or usual.requests, usual.fixed_requests)
-    grid = Grid(quick, tuple(scenario or ()), size, traces, requests, seed, keep, cut_gaps, weights)
+    grid = Grid(quick, tuple(scenario or ()), size, traces, requests, seed, keep, cut_gaps, weights, few)
     with whole(html) as page, whole(csv) as table, whole(json_file) as figures, whole(bars) as judged:
         _run(grid, page, table, figures, judged)
 
@@ -75,7 +76,7 @@ def _run(grid: Grid, page: Path | None, table: Path | None, figures_file: Path |
         out.print(f"not run: {skipped}", style="yellow", markup=False)
     settings: dict[str, object] = {
         "quick": grid.quick, "traces": grid.size.traces, "requests_per_trace": grid.size.requests, "seed": grid.seed,
-        "cut_gaps": grid.cut_gaps, "run_s": took,
+        "cut_gaps": grid.cut_gaps, "few": grid.few, "run_s": took,
     }  # fmt: skip
     figures = figures_of(results.cells, settings)
     decided = [claim for claim in claims if claim.holds is not None]
