@@ -69,6 +69,7 @@ def test_the_twin_counts_requests_in_flight(one: Course) -> None:
 
 def test_courses_on_processes_are_the_same_courses() -> None:
     two = courses(7, 2)
+    assert [one.name for one in courses(7, 2, 2)] == [one.name for one in two]
     alone, several = CourseEnv(two, 2, 0, 6), ParallelEnv(two, 2, 0, 6, 2)
     try:
         assert np.array_equal(alone.reset(), several.reset())

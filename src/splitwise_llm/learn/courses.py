@@ -6,8 +6,11 @@ energy are drawn here, and each trace differs again by `TRAIN.spread`.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 
@@ -180,15 +183,24 @@ def _states(scenario: Scenario, world: World) -> list[Form]:
     return found[:: max(len(found) // STATES, 1)][:STATES]
 
 
-def courses(seed: int, count: int) -> list[Course]:
-    """So many that can run, the same for the same seed."""
+def courses(seed: int, count: int, processes: int = 1) -> list[Course]:
+    """So many that can run, the same for the same seed, whoever makes them: their tables take most of the time."""
     found: list[Course] = []
     number = 0
-    while len(found) < count:
-        with suppress(RequestError):  # a model that fits nowhere, as drawn: the next one
-            found.append(course(seed, number))
-        number += 1
+    with ProcessPoolExecutor(processes, get_context("fork")) if processes > 1 else nullcontext() as pool:
+        while len(found) < count:
+            numbers = range(number, number + count - len(found))
+            made = partial(_if_possible, seed)
+            found += [one for one in (pool.map(made, numbers) if pool else map(made, numbers)) if one]
+            number = numbers.stop
     return found
+
+
+def _if_possible(seed: int, number: int) -> Course | None:
+    """None for a model that fits nowhere, as drawn."""
+    with suppress(RequestError):
+        return course(seed, number)
+    return None
 
 
 __all__ = ["TOOLS", "Course", "course", "courses"]

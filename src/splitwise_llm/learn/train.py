@@ -280,9 +280,9 @@ def teach(model: MaskablePPO, taught: Sequence[Lesson], steps: int, seed: int) -
 class Validation:
     """Courses set apart, and what exact drift plus penalty costs on them."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, processes: int = 1) -> None:
         self._cases = []
-        for number, one in enumerate(courses(VALIDATION_SEED, config.validation)):
+        for number, one in enumerate(courses(VALIDATION_SEED, config.validation, processes)):
             requests = max(2 * config.requests // one.params.num_devices, 8)
             traces = draw(one.params, VALIDATION_SEED + number, range(6), requests)
             self._cases.append((one, traces, self._cost(one, traces, None)))
@@ -320,10 +320,10 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     state = _state(config, folder)
     tell(f"{max(config.lessons, config.courses)} courses are drawn")
-    drawn = courses(TRAIN.seed + config.seed, max(config.lessons, config.courses))
+    drawn = courses(TRAIN.seed + config.seed, max(config.lessons, config.courses), processes)
     given = ([*drawn[: config.courses], *more], config.worlds, config.seed, config.requests)
     env = ParallelEnv(*given, processes) if processes > 1 else CourseEnv(*given)
-    validation = Validation(config)
+    validation = Validation(config, processes)
     model = learner(config, env, device)
     if start is not None:
         begin_at(model, start)
