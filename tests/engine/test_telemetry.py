@@ -340,6 +340,35 @@ def test_a_sample_behind_a_large_frame_lowers_the_figure_but_never_raises_it() -
     assert rtt.fast_s(3.6) == 0.01
 
 
+def test_after_a_long_queue_one_sample_is_enough_but_not_shortly_after_another() -> None:
+    for wait_s, known_s in ((0.4, 0.02), (0.8, 0.05)):
+        rtt = RttFilter()
+        for n in range(4):
+            rtt.add(n / 10, 0.02)
+        rtt.add(0.3 + wait_s, 0.05)
+        assert rtt.fast_s(0.35 + wait_s) == known_s
+
+
+def test_a_round_trip_of_several_frames_each_way_needs_no_other_beside_it() -> None:
+    for is_sure, known_s in ((False, 0.02), (True, 0.05)):
+        rtt = RttFilter()
+        rtt.add(0.0, 0.02)
+        rtt.add(0.4, 0.05, is_sure=is_sure)
+        assert rtt.fast_s(0.4) == known_s
+
+
+def test_the_delay_stays_known_while_frames_come_as_foretold() -> None:
+    draw, meter, known = random.Random(5), RateMeter(), []
+    sent = [(n * 0.04 + draw.uniform(0, 0.01), 3072) for n in range(100)]
+    frames = through(sent, lambda _: mbit(20), lambda _: 0.03, draw, jitter_s=0, late_s=1e-4, stall_s=0)
+    for sent_s, at_s, size in frames:
+        meter.on_arrival(sent_s, at_s, size)
+        if at_s > 1.5:
+            delay_s = meter.delay_s(at_s)
+            known.append(delay_s is not None and abs(delay_s + OFFSET_S - 0.03) < 2e-3)
+    assert all(known), "a fit is made twice a second then, and what it says of the delay is good for less"
+
+
 def test_a_ping_knows_what_may_have_been_in_front_of_it() -> None:
     pings = Pings()
     first = pings.sent(0.0, 100, 0)

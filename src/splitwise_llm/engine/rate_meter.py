@@ -189,14 +189,19 @@ class RateMeter:
 
     def _compare(self, sent_s: float, arrived_s: float, num_bytes: int) -> None:
         """A frame with what the last fit says of it: a fit takes a thousand times as long as this."""
-        late_s = math.nan
-        if self._fit is not None and self._frames:
-            begins_s = max(sent_s + self._fit.delay_s[0], self._frames[-1][1])
-            late_s = arrived_s - begins_s - num_bytes / self._fit.best
-        if self._fit is not None and -EARLY_S <= late_s <= max(LATE_S, self._fit.usual_s):
-            self._fit = replace(self._fit, newest_s=arrived_s)
-        else:
+        if self._fit is None or not self._frames:
             self._news_s = arrived_s
+            return
+        delay_s = self._fit.delay_s[0]
+        idle_s = sent_s + delay_s - self._frames[-1][1]  # the link was, before this frame; NaN: nobody knows
+        begins_s = max(sent_s + delay_s, self._frames[-1][1])
+        late_s = arrived_s - begins_s - num_bytes / self._fit.best
+        if not -EARLY_S <= late_s <= max(LATE_S, self._fit.usual_s):
+            self._news_s = arrived_s
+        elif idle_s > IDLE_S and late_s <= LATE_S:  # it says the delay, too
+            self._fit = replace(self._fit, newest_s=arrived_s, delay_s=(delay_s, arrived_s))
+        else:
+            self._fit = replace(self._fit, newest_s=arrived_s)
 
     def read(self, now_s: float) -> Rate | None:
         """What is known at `now_s` (one's own clock), however long ago it was told; None before enough frames have come

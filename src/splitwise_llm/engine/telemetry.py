@@ -22,6 +22,9 @@ Number = float | int
 RECENT_S, RECENT_SAMPLES = 0.3, 2
 """The fast RTT is of the samples so recent; of the last two where there are fewer."""
 
+STALE_S = 0.6
+"""Two samples further apart are of before and after a queue, or an outage: the newer one then stands alone."""
+
 MEMORY_S = 10.0
 PESSIMIST_Q = 0.9
 """The pessimistic RTT is the ninth decile of the samples of `MEMORY_S`."""
@@ -62,11 +65,14 @@ class RttFilter:
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, float]] = deque()
+        self._sure_s = -math.inf
+        """When the newest sample came that was of several frames each way."""
 
-    def add(self, now_s: float, rtt_s: float, ahead_bytes: int = 0) -> None:
+    def add(self, now_s: float, rtt_s: float, ahead_bytes: int = 0, *, is_sure: bool = False) -> None:
         """A round trip that ended at `now_s`, less the time the peer held it; negative and infinite ones do not count.
 
-        `ahead_bytes`: what may have been in front of it either way, and its own bytes; see `Pings`.
+        `ahead_bytes`: what may have been in front of it either way, and its own bytes; see `Pings`. `is_sure`: it is
+        of several frames each way, not of one that may have come late; then it needs no other beside it.
         """
         if not 0 <= rtt_s < math.inf:
             return
@@ -76,7 +82,10 @@ class RttFilter:
                 return
         if self._samples and now_s < self._samples[-1][0]:
             self._samples.clear()  # the clock was set; ages before and after cannot be compared
+            self._sure_s = -math.inf
         self._samples.append((now_s, rtt_s))
+        if is_sure:
+            self._sure_s = now_s
         while now_s - self._samples[0][0] > MEMORY_S:
             self._samples.popleft()
 
@@ -85,8 +94,10 @@ class RttFilter:
         if not self._samples:
             return None
         recent = [rtt_s for at_s, rtt_s in self._samples if now_s - at_s <= RECENT_S]
-        if len(recent) < RECENT_SAMPLES:
-            recent = [rtt_s for _, rtt_s in list(self._samples)[-RECENT_SAMPLES:]]
+        if len(recent) < RECENT_SAMPLES and now_s - self._sure_s > RECENT_S:
+            newest_s = self._samples[-1][0]
+            last = list(self._samples)[-RECENT_SAMPLES:]
+            recent = [rtt_s for at_s, rtt_s in last if newest_s - at_s <= STALE_S]
         return median_low(recent)
 
     def pessimistic_s(self, now_s: float) -> float | None:
@@ -289,7 +300,7 @@ class LinkView:
         if advert is None or advert.up_delay_s is None or down_s is None:
             self.rtt.add(now_s, rtt_s, ahead_bytes)
         else:
-            self.rtt.add(now_s, min(max(advert.up_delay_s + down_s, 0.0), rtt_s))
+            self.rtt.add(now_s, min(max(advert.up_delay_s + down_s, 0.0), rtt_s), is_sure=True)
 
     def is_stirred(self, now_s: float) -> bool:
         """Whether round trips have changed lately, or are few yet."""
