@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from splitwise_llm.engine.meters import battery_share
 from splitwise_llm.engine.rate_meter import RateMeter
 from splitwise_llm.engine.telemetry import (
+    ANSWER_BYTES,
     PING_EVERY_S,
     PING_WIRE_BYTES,
     PROBE_SHARE,
@@ -367,6 +368,17 @@ def test_the_delay_stays_known_while_frames_come_as_foretold() -> None:
             delay_s = meter.delay_s(at_s)
             known.append(delay_s is not None and abs(delay_s + OFFSET_S - 0.03) < 2e-3)
     assert all(known), "a fit is made twice a second then, and what it says of the delay is good for less"
+
+
+def test_what_an_answer_takes_to_pass_a_slow_link_is_no_part_of_the_RTT() -> None:
+    draw = random.Random(4)
+    frames = through(engine_traffic(3.0, draw), lambda _: mbit(2), lambda _: 0.02, draw)
+    view = LinkView(LinkSpec(0.5, mbit(7), mbit(7)), "given")
+    for frame in frames:
+        if frame[1] <= 3.0:
+            view.on_arrival(*frame)
+    view.on_reply(3.0, 0.041, ANSWER_BYTES)
+    assert view.figures(3.0).fast.rtt_s == pytest.approx(0.04, abs=2e-4)
 
 
 def test_a_ping_knows_what_may_have_been_in_front_of_it() -> None:

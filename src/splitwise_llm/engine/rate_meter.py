@@ -56,6 +56,10 @@ DELAY_MOVES_S = 0.02
 ON_TIME = 0.3
 """The share of frames that a fit takes to be early or on time: noise is mostly lateness."""
 
+PROMPT = 0.15
+"""The share of the newest frames that the delay is taken to be no more than: the second least of eight, the least of
+fewer. Timers and readers add up to a millisecond each way to all the others."""
+
 EVIDENCE = 3.0
 """By how much the log likelihood of a rate may fall behind the best: about 95 %."""
 
@@ -359,6 +363,6 @@ def _newest_delay(rate: float, delay_s: float, frames: _Frames) -> tuple[float, 
         return math.nan, -math.inf
     newest_s = float(frames.arrived[found[-1]])
     waits = (rest - latest)[found[frames.arrived[found] >= newest_s - FRESH_S]]
-    newest_delay_s = float(np.quantile(waits, ON_TIME, method="lower"))
+    newest_delay_s = float(np.quantile(waits, PROMPT, method="lower"))
     agree = int((np.abs(waits - newest_delay_s) <= DELAYS_AGREE_S).sum())
     return newest_delay_s if agree >= max(MIN_IDLE, len(waits) / 2) else math.nan, newest_s

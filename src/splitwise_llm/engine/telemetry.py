@@ -35,6 +35,9 @@ PACKET_BYTES = 1500
 PING_WIRE_BYTES = 60
 """A ping without payload on the wire, about."""
 
+ANSWER_BYTES = 250
+"""An answer to a ping, about: so many of the bytes in front of a sample are its own, and no part of the RTT."""
+
 PROBE_SHARE, SILENCE_S, PING_EVERY_S, PROBE_EVERY_S = 0.01, 0.25, 0.1, 1.0
 MAX_PROBE_BYTES = 64 * 2**10
 CALM_EVERY_S, STIRRED_S, STIR_FACTOR = 0.4, 2.0, 1.5
@@ -298,9 +301,14 @@ class LinkView:
             self._up, self._up_at_s = advert.up, now_s
         down_s = self.down.delay_s(now_s)
         if advert is None or advert.up_delay_s is None or down_s is None:
-            self.rtt.add(now_s, rtt_s, ahead_bytes)
+            self.rtt.add(now_s, max(rtt_s - self._own_s(now_s, ahead_bytes), 0.0), ahead_bytes)
         else:
             self.rtt.add(now_s, min(max(advert.up_delay_s + down_s, 0.0), rtt_s), is_sure=True)
+
+    def _own_s(self, now_s: float, ahead_bytes: int) -> float:
+        """Of a round trip, what its answer took to pass; 0 where the rate is not known."""
+        rate = self.down.read(now_s)
+        return 0.0 if rate is None or rate.is_bound else min(ahead_bytes, ANSWER_BYTES) / rate.bytes_per_s
 
     def is_stirred(self, now_s: float) -> bool:
         """Whether round trips have changed lately, or are few yet."""
