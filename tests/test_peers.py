@@ -17,7 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from splitwise_llm.bench.peers import TINYLLAMA, after_kill, check_room, fastest, same_share, weight_bytes
+from splitwise_llm.bench.peers import (
+    OUR_WAYS,
+    TEXT_FIGURES,
+    THEIR_WAYS,
+    TINYLLAMA,
+    after_kill,
+    check_room,
+    fastest,
+    same_share,
+    weight_bytes,
+)
 from splitwise_llm.bench.peers_gguf import ALIGNMENT, PARTS, interleaved_heads, write_gguf
 from splitwise_llm.bench.peers_llamacpp import (
     Binaries,
@@ -291,3 +301,14 @@ def test_the_fastest_of_theirs_counts_and_texts_are_compared_up_to_where_they_pa
     assert same_share((1, 2, 3, 4), (1, 2, 9, 4)) == 0.5
     assert same_share((1, 2), (1, 2, 3, 4)) == 0.5
     assert same_share((1, 2), (1, 2)) == 1
+
+
+def test_every_way_of_drafting_is_compared_and_both_may_draft_as_many_tokens() -> None:
+    assert {mine for _, mine, _, _ in TEXT_FIGURES} == {*OUR_WAYS}
+    assert {its for _, _, its, _ in TEXT_FIGURES} == {*THEIR_WAYS}
+    assert len({name for name, *_ in TEXT_FIGURES}) == len(TEXT_FIGURES)
+    for way, draft in OUR_WAYS.items():
+        flags = THEIR_WAYS[way]
+        assert (draft is None) == (not flags)
+        assert draft is None or str(draft.most) in flags
+    assert THEIR_WAYS["int4"][-1] == "-md", "the draft model's file is put behind it"

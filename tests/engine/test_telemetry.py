@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from splitwise_llm.engine.meters import battery_share
 from splitwise_llm.engine.rate_meter import RateMeter
 from splitwise_llm.engine.telemetry import (
+    ANSWER_BYTES,
     PING_EVERY_S,
     PING_WIRE_BYTES,
     PROBE_SHARE,
@@ -338,6 +339,46 @@ def test_a_sample_behind_a_large_frame_lowers_the_figure_but_never_raises_it() -
     for n in range(12, 15):
         rtt.add(n / 4, 0.01, 500_000)
     assert rtt.fast_s(3.6) == 0.01
+
+
+def test_after_a_long_queue_one_sample_is_enough_but_not_shortly_after_another() -> None:
+    for wait_s, known_s in ((0.4, 0.02), (0.8, 0.05)):
+        rtt = RttFilter()
+        for n in range(4):
+            rtt.add(n / 10, 0.02)
+        rtt.add(0.3 + wait_s, 0.05)
+        assert rtt.fast_s(0.35 + wait_s) == known_s
+
+
+def test_a_round_trip_of_several_frames_each_way_needs_no_other_beside_it() -> None:
+    for is_sure, known_s in ((False, 0.02), (True, 0.05)):
+        rtt = RttFilter()
+        rtt.add(0.0, 0.02)
+        rtt.add(0.4, 0.05, is_sure=is_sure)
+        assert rtt.fast_s(0.4) == known_s
+
+
+def test_the_delay_stays_known_while_frames_come_as_foretold() -> None:
+    draw, meter, known = random.Random(5), RateMeter(), []
+    sent = [(n * 0.04 + draw.uniform(0, 0.01), 3072) for n in range(100)]
+    frames = through(sent, lambda _: mbit(20), lambda _: 0.03, draw, jitter_s=0, late_s=1e-4, stall_s=0)
+    for sent_s, at_s, size in frames:
+        meter.on_arrival(sent_s, at_s, size)
+        if at_s > 1.5:
+            delay_s = meter.delay_s(at_s)
+            known.append(delay_s is not None and abs(delay_s + OFFSET_S - 0.03) < 2e-3)
+    assert all(known), "a fit is made twice a second then, and what it says of the delay is good for less"
+
+
+def test_what_an_answer_takes_to_pass_a_slow_link_is_no_part_of_the_RTT() -> None:
+    draw = random.Random(4)
+    frames = through(engine_traffic(3.0, draw), lambda _: mbit(2), lambda _: 0.02, draw)
+    view = LinkView(LinkSpec(0.5, mbit(7), mbit(7)), "given")
+    for frame in frames:
+        if frame[1] <= 3.0:
+            view.on_arrival(*frame)
+    view.on_reply(3.0, 0.041, ANSWER_BYTES)
+    assert view.figures(3.0).fast.rtt_s == pytest.approx(0.04, abs=2e-4)
 
 
 def test_a_ping_knows_what_may_have_been_in_front_of_it() -> None:

@@ -70,13 +70,29 @@ Meter = Callable[[], float]
 TEXT_TOKENS = 48
 DRAFT = Draft("ngram", 8, is_free=True)
 """As `--draft auto`: lookup in the text so far, as far as it pays."""
+OUR_WAYS: Mapping[str, Draft | None] = {
+    "plain": None,
+    "lookup": DRAFT,
+    "int4": Draft("bundled", 8, is_free=False, weights=Weights.INT4),
+}
+"""By what ours drafts the bundled model's text; int4: as `--draft bundled:int4`, the model's own copy on the device."""
 THEIR_WAYS: Mapping[str, tuple[str, ...]] = {
     "plain": (),
-    "drafted": (
+    "lookup": (
         "--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", "3", "--spec-ngram-simple-size-m", "8",
     ),
+    "int4": ("--spec-type", "draft-simple", "--spec-draft-n-max", "8", "-devd", "none", "-ngld", "0", "-md"),
 }  # fmt: skip
-"""llama.cpp without drafting, and with its own lookup (as it comes it looks for 12 ids in a row; prose has none)."""
+"""llama.cpp without drafting, with its own lookup (as it comes it looks for 12 ids in a row; prose has none), and with
+the model's Q4_0 copy, whose file is to follow, all of it on the device."""
+TEXT_FIGURES = (
+    ("text_over_llamacpp", "int4", "plain", "ours drafts by its int4 copy, llama.cpp does not"),
+    ("text_over_llamacpp_int4", "int4", "int4", "both draft by a 4-bit copy of the model"),
+    ("text_lookup_over_llamacpp", "lookup", "plain", "ours drafts by lookup, llama.cpp does not"),
+    ("text_lookup_over_llamacpp_lookup", "lookup", "lookup", "both draft by lookup"),
+    ("text_plain_over_llamacpp", "plain", "plain", "nobody drafts"),
+)
+"""Name, our way, their way, and what that is in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +381,7 @@ async def _links(result: Figures, pair: _Pair) -> None:
         result.add_median(f"link_over_llamacpp_{rtt_ms}ms", ratios(ours, theirs), "ms/token, 16 bits, not drafted")
         drafted = [one.tpot_s for one in taken[f"drafted {rtt_ms}"]]
         over = ratios(drafted, theirs)
-        result.add_median(f"link_drafted_over_llamacpp_{rtt_ms}ms", over, "ours drafts, and writes held-out text")
+        result.add_median(f"link_drafted_over_llamacpp_{rtt_ms}ms", over, "ours drafts by lookup, held-out text")
         result.add_median(f"link_ms_per_token_ours_{rtt_ms}ms", [1e3 * one for one in ours])
         result.add_median(f"link_ms_per_token_llamacpp_{rtt_ms}ms", [1e3 * one for one in theirs])
     several = [1 / one.round_trips for rtt_ms in RTTS_MS for one in taken[f"drafted {rtt_ms}"]]
@@ -411,10 +427,11 @@ def after_kill(tokens: Iterable[int], far: Killable, at: int) -> tuple[int, str]
 
 async def _drafted(result: Figures, options: PeersOptions, binaries: Binaries, place: Path, tell: Tell) -> None:
     """`text_over_llamacpp_*`: the bundled model goes on from held-out text, both programs with their own words, which
-    are the same. Ours drafts by lookup; llama.cpp does not, or does in its way."""
-    tell("the bundled model on held-out text, drafting by lookup")
+    are the same. Each drafts in every way that it has."""
+    tell("the bundled model on held-out text, drafting by lookup and by its 4-bit copy")
     model, gguf = locate("bundled"), place / "bundled.gguf"
     write_gguf(model, gguf)
+    copy = await asyncio.to_thread(quantised, binaries, gguf, "Q4_0")
     prompt, layers = held_out()[:PROMPT_TOKENS], Checkpoint(model).architecture.spec.num_layers
     half, threads = layers // 2, options.threads
     with contextlib.ExitStack() as stack:
@@ -422,16 +439,19 @@ async def _drafted(result: Figures, options: PeersOptions, binaries: Binaries, p
         cloud = enter(Host(str(model), "--threads", str(threads)))
         line = enter(Line(cloud.address, LinkShape()))
         edge = enter(edge_with(str(model), {"cloud": line.address}, threads=threads))
-        cut = Decision(edge.partition(f"edge[0:{half}] cloud[{half}:{layers}] head=edge"), draft=DRAFT.most)
+        cut = edge.partition(f"edge[0:{half}] cloud[{half}:{layers}] head=edge")
         pairs: dict[str, tuple[Program, Line]] = {}
         for way, flags in THEIR_WAYS.items():
             far = enter(rpc_server(binaries, threads))
             theirs = enter(Line(far.address, LinkShape()))
-            pairs[way] = enter(server(binaries, gguf, threads, *half_remote(layers, theirs.address), *flags)), theirs
+            remote = (*half_remote(layers, theirs.address), *flags, *([str(copy)] if way == "int4" else []))
+            pairs[way] = enter(server(binaries, gguf, threads, *remote)), theirs
 
-        async def ours(rtt_ms: int) -> Taken:
+        async def our(way: str, rtt_ms: int) -> Taken:
+            draft = OUR_WAYS[way]
+            decision = Decision(cut, draft=draft.most if draft else 0)
             line.reshape(link_shape(rtt_ms))
-            return await _ours(edge, cut, prompt, TEXT_TOKENS, _carried(line), draft=DRAFT)
+            return await _ours(edge, decision, prompt, TEXT_TOKENS, _carried(line), draft=draft)
 
         async def their(way: str, rtt_ms: int) -> Taken:
             program, their_line = pairs[way]
@@ -440,19 +460,25 @@ async def _drafted(result: Figures, options: PeersOptions, binaries: Binaries, p
 
         runs: dict[str, Callable[[], Awaitable[Taken]]] = {}
         for rtt_ms in RTTS_MS:
-            runs[f"ours {rtt_ms}"] = partial(ours, rtt_ms)
-            runs |= {f"{way} {rtt_ms}": partial(their, way, rtt_ms) for way in THEIR_WAYS}
+            runs |= {f"ours {way} {rtt_ms}": partial(our, way, rtt_ms) for way in OUR_WAYS}
+            runs |= {f"llamacpp {way} {rtt_ms}": partial(their, way, rtt_ms) for way in THEIR_WAYS}
         taken = await _rounds(runs, options.rounds, tell)
     for rtt_ms in RTTS_MS:
-        times = {who: [one.tpot_s for one in taken[f"{who} {rtt_ms}"]] for who in ("ours", *THEIR_WAYS)}
-        over = ratios(times["ours"], times["plain"])
-        result.add_median(f"text_over_llamacpp_{rtt_ms}ms", over, "ms/token, bundled model; ours drafts")
-        over = ratios(times["ours"], times["drafted"])
-        result.add_median(f"text_over_llamacpp_drafted_{rtt_ms}ms", over, "both draft by lookup")
-        for who, values in times.items():
-            name = who if who == "ours" else f"llamacpp_{who}"
-            result.add_median(f"text_ms_per_token_{name}_{rtt_ms}ms", [1e3 * one for one in values])
-    several = [1 / one.round_trips for rtt_ms in RTTS_MS for one in taken[f"ours {rtt_ms}"]]
-    result.add_median("text_tokens_per_round_trip", several)
-    same = same_share(taken[f"ours {RTTS_MS[0]}"][0].ids, taken[f"plain {RTTS_MS[0]}"][0].ids)
-    result.add("same_tokens_text", same, "up to a tie")
+        times = {
+            (who, way): [one.tpot_s for one in taken[f"{who} {way} {rtt_ms}"]]
+            for who, ways in (("ours", OUR_WAYS), ("llamacpp", THEIR_WAYS))
+            for way in ways
+        }
+        for name, mine, its, words in TEXT_FIGURES:
+            over = ratios(times["ours", mine], times["llamacpp", its])
+            result.add_median(f"{name}_{rtt_ms}ms", over, f"ms/token, bundled model; {words}")
+        for (who, way), values in times.items():
+            result.add_median(f"text_ms_per_token_{who}_{way}_{rtt_ms}ms", [1e3 * one for one in values])
+    for way in ("int4", "lookup"):
+        several = [1 / one.round_trips for rtt_ms in RTTS_MS for one in taken[f"ours {way} {rtt_ms}"]]
+        result.add_median(f"text_{way}_tokens_per_round_trip", several, "ours")
+    plain = taken[f"ours plain {RTTS_MS[0]}"][0].ids
+    same = [one.ids == plain for name, all_taken in taken.items() if name.startswith("ours") for one in all_taken]
+    result.add("text_identical_share", statistics.fmean(same), "of ours, drafted or not, at every round trip")
+    theirs_plain = taken[f"llamacpp plain {RTTS_MS[0]}"][0].ids
+    result.add("same_tokens_text", same_share(plain, theirs_plain), "of both programs, up to a tie")

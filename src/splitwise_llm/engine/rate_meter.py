@@ -56,6 +56,10 @@ DELAY_MOVES_S = 0.02
 ON_TIME = 0.3
 """The share of frames that a fit takes to be early or on time: noise is mostly lateness."""
 
+PROMPT = 0.15
+"""The share of the newest frames that the delay is taken to be no more than: the second least of eight, the least of
+fewer. Timers and readers add up to a millisecond each way to all the others."""
+
 EVIDENCE = 3.0
 """By how much the log likelihood of a rate may fall behind the best: about 95 %."""
 
@@ -189,14 +193,19 @@ class RateMeter:
 
     def _compare(self, sent_s: float, arrived_s: float, num_bytes: int) -> None:
         """A frame with what the last fit says of it: a fit takes a thousand times as long as this."""
-        late_s = math.nan
-        if self._fit is not None and self._frames:
-            begins_s = max(sent_s + self._fit.delay_s[0], self._frames[-1][1])
-            late_s = arrived_s - begins_s - num_bytes / self._fit.best
-        if self._fit is not None and -EARLY_S <= late_s <= max(LATE_S, self._fit.usual_s):
-            self._fit = replace(self._fit, newest_s=arrived_s)
-        else:
+        if self._fit is None or not self._frames:
             self._news_s = arrived_s
+            return
+        delay_s = self._fit.delay_s[0]
+        idle_s = sent_s + delay_s - self._frames[-1][1]  # the link was, before this frame; NaN: nobody knows
+        begins_s = max(sent_s + delay_s, self._frames[-1][1])
+        late_s = arrived_s - begins_s - num_bytes / self._fit.best
+        if not -EARLY_S <= late_s <= max(LATE_S, self._fit.usual_s):
+            self._news_s = arrived_s
+        elif idle_s > IDLE_S and late_s <= LATE_S:  # it says the delay, too
+            self._fit = replace(self._fit, newest_s=arrived_s, delay_s=(delay_s, arrived_s))
+        else:
+            self._fit = replace(self._fit, newest_s=arrived_s)
 
     def read(self, now_s: float) -> Rate | None:
         """What is known at `now_s` (one's own clock), however long ago it was told; None before enough frames have come
@@ -354,6 +363,6 @@ def _newest_delay(rate: float, delay_s: float, frames: _Frames) -> tuple[float, 
         return math.nan, -math.inf
     newest_s = float(frames.arrived[found[-1]])
     waits = (rest - latest)[found[frames.arrived[found] >= newest_s - FRESH_S]]
-    newest_delay_s = float(np.quantile(waits, ON_TIME, method="lower"))
+    newest_delay_s = float(np.quantile(waits, PROMPT, method="lower"))
     agree = int((np.abs(waits - newest_delay_s) <= DELAYS_AGREE_S).sum())
     return newest_delay_s if agree >= max(MIN_IDLE, len(waits) / 2) else math.nan, newest_s

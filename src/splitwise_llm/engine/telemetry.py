@@ -22,6 +22,9 @@ Number = float | int
 RECENT_S, RECENT_SAMPLES = 0.3, 2
 """The fast RTT is of the samples so recent; of the last two where there are fewer."""
 
+STALE_S = 0.6
+"""Two samples further apart are of before and after a queue, or an outage: the newer one then stands alone."""
+
 MEMORY_S = 10.0
 PESSIMIST_Q = 0.9
 """The pessimistic RTT is the ninth decile of the samples of `MEMORY_S`."""
@@ -31,6 +34,9 @@ PACKET_BYTES = 1500
 
 PING_WIRE_BYTES = 60
 """A ping without payload on the wire, about."""
+
+ANSWER_BYTES = 250
+"""An answer to a ping, about: so many of the bytes in front of a sample are its own, and no part of the RTT."""
 
 PROBE_SHARE, SILENCE_S, PING_EVERY_S, PROBE_EVERY_S = 0.01, 0.25, 0.1, 1.0
 MAX_PROBE_BYTES = 64 * 2**10
@@ -62,11 +68,14 @@ class RttFilter:
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, float]] = deque()
+        self._sure_s = -math.inf
+        """When the newest sample came that was of several frames each way."""
 
-    def add(self, now_s: float, rtt_s: float, ahead_bytes: int = 0) -> None:
+    def add(self, now_s: float, rtt_s: float, ahead_bytes: int = 0, *, is_sure: bool = False) -> None:
         """A round trip that ended at `now_s`, less the time the peer held it; negative and infinite ones do not count.
 
-        `ahead_bytes`: what may have been in front of it either way, and its own bytes; see `Pings`.
+        `ahead_bytes`: what may have been in front of it either way, and its own bytes; see `Pings`. `is_sure`: it is
+        of several frames each way, not of one that may have come late; then it needs no other beside it.
         """
         if not 0 <= rtt_s < math.inf:
             return
@@ -76,7 +85,10 @@ class RttFilter:
                 return
         if self._samples and now_s < self._samples[-1][0]:
             self._samples.clear()  # the clock was set; ages before and after cannot be compared
+            self._sure_s = -math.inf
         self._samples.append((now_s, rtt_s))
+        if is_sure:
+            self._sure_s = now_s
         while now_s - self._samples[0][0] > MEMORY_S:
             self._samples.popleft()
 
@@ -85,8 +97,10 @@ class RttFilter:
         if not self._samples:
             return None
         recent = [rtt_s for at_s, rtt_s in self._samples if now_s - at_s <= RECENT_S]
-        if len(recent) < RECENT_SAMPLES:
-            recent = [rtt_s for _, rtt_s in list(self._samples)[-RECENT_SAMPLES:]]
+        if len(recent) < RECENT_SAMPLES and now_s - self._sure_s > RECENT_S:
+            newest_s = self._samples[-1][0]
+            last = list(self._samples)[-RECENT_SAMPLES:]
+            recent = [rtt_s for at_s, rtt_s in last if newest_s - at_s <= STALE_S]
         return median_low(recent)
 
     def pessimistic_s(self, now_s: float) -> float | None:
@@ -287,9 +301,14 @@ class LinkView:
             self._up, self._up_at_s = advert.up, now_s
         down_s = self.down.delay_s(now_s)
         if advert is None or advert.up_delay_s is None or down_s is None:
-            self.rtt.add(now_s, rtt_s, ahead_bytes)
+            self.rtt.add(now_s, max(rtt_s - self._own_s(now_s, ahead_bytes), 0.0), ahead_bytes)
         else:
-            self.rtt.add(now_s, min(max(advert.up_delay_s + down_s, 0.0), rtt_s))
+            self.rtt.add(now_s, min(max(advert.up_delay_s + down_s, 0.0), rtt_s), is_sure=True)
+
+    def _own_s(self, now_s: float, ahead_bytes: int) -> float:
+        """Of a round trip, what its answer took to pass; 0 where the rate is not known."""
+        rate = self.down.read(now_s)
+        return 0.0 if rate is None or rate.is_bound else min(ahead_bytes, ANSWER_BYTES) / rate.bytes_per_s
 
     def is_stirred(self, now_s: float) -> bool:
         """Whether round trips have changed lately, or are few yet."""
