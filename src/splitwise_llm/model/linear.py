@@ -179,7 +179,7 @@ class Int4(Linear):
             blocks = (block.to(padded.dtype) for block in self._blocks(layout))
             y = torch.cat([torch.bmm(padded.expand(len(block), -1, -1), block) for block in blocks])
             y = layout.in_order(y).transpose(0, 1).reshape(len(x), -1)
-        return y[:, : self.out_features].to(x.dtype)
+        return (y if y.shape[1] == self.out_features else y[:, : self.out_features]).to(x.dtype)
 
     def _blocks(self, layout: Int4Layout) -> Iterator[Tensor]:
         """The transposed weight, some blocks at a time: fp32 (blocks, columns, outputs as packed)."""
@@ -297,11 +297,12 @@ def table_of(weight: Tensor, form: Weights, dtype: torch.dtype, multiplied: bool
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """What many rows are best multiplied in: fp32 on processors where torch has only a plain loop for x's dtype."""
-    return x.dtype if x.device.type != "cpu" or _has_fast_product(x.dtype) else torch.float32
+    return x.dtype if x.device.type != "cpu" or has_fast_product(x.dtype) else torch.float32
 
 
 @cache
-def _has_fast_product(dtype: torch.dtype) -> bool:
+def has_fast_product(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of this dtype by more than torch's plain loop."""
     if dtype is torch.float32 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return dtype is torch.float32
     onednn = torch.ops.mkldnn

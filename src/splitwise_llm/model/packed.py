@@ -29,10 +29,11 @@ INT8_ROWS = 256
 """More are multiplied in turns: on the way a product takes eight bytes per output of each row."""
 MOST_PADDING = 1.03
 """A packed weight may take so many times its bytes."""
-_HALF = 32512.0
+_HALF = torch.tensor([32512.0])
 """Activations are rounded to -32512..32512: two bytes, both of which stay in range after the shift below."""
-_SHIFT = 2.0**23 + 128 * 257
+_SHIFT = torch.tensor([2.0**23 + 128 * 257])
 """Added to such a number in fp32, it leaves 256 * (high - 128) + (low - 128) in the last two bytes of the sum."""
+_NO_ZERO = torch.zeros(1, dtype=torch.int64)
 
 
 class Packed(NamedTuple):
@@ -81,29 +82,20 @@ def exact_int8_product(x: Tensor, weight: Packed, scale: Tensor) -> Tensor:
     if len(x) > INT8_ROWS:
         return torch.cat([exact_int8_product(some, weight, scale) for some in torch.split(x, INT8_ROWS)])
     rows, columns = x.shape
-    per_unit = torch.div(_constant(_HALF), x.abs().amax(1, keepdim=True))
-    shifted = torch.addcmul(_constant(_SHIFT), x.float(), per_unit).view(torch.uint8)
-    halves = shifted.as_strided((2, rows, columns), (1, 4 * columns, 4)).reshape(2 * rows, columns)
-    y = _bytes_product(halves, weight.opaque, scale)
+    wide = x.float()
+    per_unit = torch.div(_HALF, wide.abs().amax(1, keepdim=True))
+    shifted = torch.addcmul(_SHIFT, wide, per_unit).view(torch.uint8)
+    halves = shifted.as_strided((2, rows, columns), (1, 4 * columns, 4))
+    low, high = _bytes_product(halves, weight.opaque, scale).unbind()
     # A row of zeros is infinite per unit: whatever came out is divided by that.
-    return y[:rows].add_(y[rows:], alpha=256).div_(per_unit).to(x.dtype)
+    return low.add_(high, alpha=256).div_(per_unit).to(x.dtype)
 
 
 def _bytes_product(x: Tensor, opaque: Tensor, scale: Tensor) -> Tensor:
-    """(x - 128) @ (values * scale).T for x of bytes; fp32."""
+    """(x - 128) @ (values * scale).T for x (..., in_features) of bytes; fp32 (..., out_features)."""
     product = torch.ops.onednn.qlinear_pointwise.default
-    y = product(x, 1.0, 128, opaque, scale, _no_zero(), None, 1.0, 0, torch.float32, "none", [], "")
+    y = product(x, 1.0, 128, opaque, scale, _NO_ZERO, None, 1.0, 0, torch.float32, "none", [], "")
     return cast(Tensor, y)
-
-
-@cache
-def _constant(value: float) -> Tensor:
-    return torch.tensor([value])  # one dimension: its dtype counts
-
-
-@cache
-def _no_zero() -> Tensor:
-    return torch.zeros(1, dtype=torch.int64)
 
 
 @cache

@@ -8,6 +8,7 @@ All methods run under `torch.inference_mode()`, on the machine's compute thread.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from splitwise_llm.errors import BrokenInvariant, ProtocolError
 from splitwise_llm.model.families import Activation, Norm
+from splitwise_llm.model.linear import has_fast_product
 from splitwise_llm.model.weights import (
     TORCH_DTYPE,
     AttentionWeights,
@@ -27,6 +29,9 @@ from splitwise_llm.model.weights import (
     NormWeights,
     Resident,
 )
+
+ATTENTION_BLOCK = 32
+"""Positions whose scores are computed together where torch's attention is not used; 16 and 64 are slower (Zen 5)."""
 
 
 @dataclass(slots=True)
@@ -223,7 +228,7 @@ class Share:
     def _norm(self, x: Tensor, weights: NormWeights) -> Tensor:
         if self.architecture.norm is Norm.LAYER:
             return F.layer_norm(x, x.shape[-1:], weights.weight, weights.bias, self.architecture.norm_eps)
-        return F.rms_norm(x, x.shape[-1:], weights.weight, self.architecture.norm_eps)
+        return _rms_norm(x, weights.weight, self.architecture.norm_eps)
 
     def _attention_partial(self, x: Tensor, weights: AttentionWeights, cache: KeyValues, at: Positions) -> Tensor:
         queries, keys, values = self._project(x, weights, at.cos, at.sin)
@@ -243,7 +248,7 @@ class Share:
         qkv = qkv.view(len(x), groups * (ratio + 2), spec.head_dim)
         rotated = qkv[:, :heads]  # (positions, query heads + groups, head_dim)
         if weights.qk_norm is not None:
-            rotated = F.rms_norm(rotated, (spec.head_dim,), None, self.architecture.norm_eps) * weights.qk_norm
+            rotated = _rms_norm(rotated, weights.qk_norm, self.architecture.norm_eps)
         if cos is not None and sin is not None:
             rotated = torch.addcmul(rotated * cos, rotated.roll(spec.head_dim // 2, -1), sin)
         return rotated[:, : groups * ratio], rotated[:, groups * ratio :], qkv[:, heads:]
@@ -252,8 +257,8 @@ class Share:
         """One sequence's part of `_project` enters its cache and attends to it: (positions, query columns)."""
         if any(filled != at.start for filled in cache.filled):
             raise BrokenInvariant(f"keys and values end at {cache.filled}, the step starts at {at.start}")
-        cache.keys[:, at.start : at.stop] = keys.transpose(0, 1)
-        cache.values[:, at.start : at.stop] = values.transpose(0, 1)
+        cache.keys.narrow(1, at.start, at.count).copy_(keys.transpose(0, 1))
+        cache.values.narrow(1, at.start, at.count).copy_(values.transpose(0, 1))
         cache.filled = [at.stop] * len(cache.filled)
         seen = slice(0, at.stop)
         return _attend(queries, cache.keys[:, seen], cache.values[:, seen], self.architecture.spec.heads_per_group, at)
@@ -293,6 +298,21 @@ def _stacked(tables: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(held) if held else None
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in the dtype of x; `weight` as `NormWeights` has it.
+
+    Half the operators that `F.rms_norm` is made of: between two products every one of them runs with cold caches.
+    """
+    wide = x.to(torch.float32, copy=True)
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return wide.div_(length.hypot_(_root(x.shape[-1] * eps))).mul_(weight).to(x.dtype)
+
+
+@functools.cache
+def _root(value: float) -> Tensor:
+    return torch.tensor(value**0.5)  # without a dimension it goes with tensors of any device
+
+
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, ratio: int, at: Positions) -> Tensor:
     """Causal attention: queries (positions, groups * ratio, head_dim), keys and values (groups, seen, head_dim);
     the result is (positions, groups * ratio * head_dim)."""
@@ -302,6 +322,8 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, ratio: int, at: Posit
         grouped = queries.view(1, groups, ratio, head_dim)
         mixed = F.scaled_dot_product_attention(grouped, keys.unsqueeze(0), values.unsqueeze(0))
         return mixed.reshape(1, -1)
+    if queries.dtype is torch.bfloat16 and queries.device.type == "cpu" and has_fast_product(torch.bfloat16):
+        return _attend_in_blocks(queries, keys, values, ratio, at)
     mixed = F.scaled_dot_product_attention(
         queries.transpose(0, 1).unsqueeze(0),
         keys.unsqueeze(0),
@@ -311,6 +333,33 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, ratio: int, at: Posit
         enable_gqa=ratio > 1,
     )
     return mixed[0].transpose(0, 1).reshape(at.count, -1)
+
+
+def _attend_in_blocks(queries: Tensor, keys: Tensor, values: Tensor, ratio: int, at: Positions) -> Tensor:
+    """The same for many positions in bf16 on a processor, ATTENTION_BLOCK of them at a time: scores in fp32 over what
+    they see and no more, weights in bf16 as torch's own kernel has them, in half of its time: the heads of a group are
+    rows of one product, and MKL's product of bf16, which torch takes, is slow on some processors."""
+    groups, seen, head_dim = keys.shape
+    rows = queries.view(at.count, groups, ratio, head_dim).transpose(0, 1).float().mul_(head_dim**-0.5)
+    columns = keys.float().transpose(1, 2)
+    room = torch.empty(groups * min(ATTENTION_BLOCK, at.count) * ratio * seen)  # one for all blocks: new pages are dear
+    mixed = torch.empty(at.count, groups, ratio, head_dim, dtype=queries.dtype)
+    for start in range(0, at.count, ATTENTION_BLOCK):
+        stop = min(start + ATTENTION_BLOCK, at.count)
+        count, until = stop - start, at.start + stop
+        scores = room[: groups * count * ratio * until].view(groups, count * ratio, until)
+        torch.bmm(rows[:, start:stop].reshape(groups, count * ratio, head_dim), columns[:, :, :until], out=scores)
+        scores.view(groups, count, ratio, until)[..., -count:].add_(_later()[:count, :, :count])
+        torch.softmax(scores, -1, out=scores)
+        block = torch.bmm(scores.to(values.dtype), values[:, :until])
+        mixed[start:stop] = block.view(groups, count, ratio, head_dim).transpose(0, 1)
+    return mixed.view(at.count, -1)
+
+
+@functools.cache
+def _later() -> Tensor:
+    """Minus infinity where a position of a block would see a later one, (positions, 1, positions)."""
+    return torch.full((ATTENTION_BLOCK, ATTENTION_BLOCK), -torch.inf).triu_(1).unsqueeze(1)
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:

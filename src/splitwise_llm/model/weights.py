@@ -6,6 +6,7 @@ It knows which rows and columns belong to a unit; it does not know why a machine
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,8 @@ TORCH_DTYPE = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.FP16
 
 @dataclass(frozen=True, slots=True)
 class NormWeights:
-    """Scale and, for layer norm, shift; (d_model,) each."""
+    """Scale and, for layer norm, shift; (d_model,) each. The scale of an RMS norm is fp32, times the root of its
+    width: `share.py` divides by the length of a row and not by its mean."""
 
     weight: Tensor
     bias: Tensor | None
@@ -40,7 +42,8 @@ class AttentionWeights:
     qkv: Linear
     qkv_bias: Tensor | None
     qk_norm: Tensor | None
-    """(query heads + groups, head_dim): the norm weights of every query and key head, in that order."""
+    """(query heads + groups, head_dim): the norm weights of every query and key head, in that order, as an RMS norm's
+    scale."""
     o: Linear
     o_bias: Tensor | None
 
@@ -185,7 +188,7 @@ class Resident:
         q = self.checkpoint.vector(names.q_norm.format(layer), spec.head_dim, self._torch_dtype)
         k = self.checkpoint.vector(names.k_norm.format(layer), spec.head_dim, self._torch_dtype)
         rows = [q.expand(groups * spec.heads_per_group, -1), k.expand(groups, -1)]
-        return torch.cat(rows).contiguous().to(self.device)
+        return _per_length(torch.cat(rows)).to(self.device)
 
     def _ffn(self, layer: int, shards: tuple[int, ...]) -> FfnWeights:
         spec, names = self.architecture.spec, self.architecture.names
@@ -201,10 +204,10 @@ class Resident:
     def _norm(self, name: str) -> NormWeights:
         width = self.architecture.spec.d_model
         weight = self.checkpoint.vector(f"{name}.weight", width, self._torch_dtype)
-        bias = None
-        if self.architecture.norm is Norm.LAYER:
-            bias = self.checkpoint.vector(f"{name}.bias", width, self._torch_dtype)
-        return NormWeights(weight.to(self.device), _to(bias, self.device))
+        if self.architecture.norm is Norm.RMS:
+            return NormWeights(_per_length(weight).to(self.device), None)
+        bias = self.checkpoint.vector(f"{name}.bias", width, self._torch_dtype)
+        return NormWeights(weight.to(self.device), bias.to(self.device))
 
     def _fused(
         self, sources: list[tuple[str, Stored, int, list[tuple[int, int]]]], layer: int, columns: int
@@ -266,6 +269,11 @@ def _return_freed_memory() -> None:
     """Give pages freed while reading back to the system: between slices that stay they would be kept for ever,
     and a model in int4 took up to a third more."""
     _malloc_trim()(0)
+
+
+def _per_length(weight: Tensor) -> Tensor:
+    """The weight of an RMS norm over the last dimension, for rows that were divided by their length; fp32."""
+    return weight.float() * math.sqrt(weight.shape[-1])
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
