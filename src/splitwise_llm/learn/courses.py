@@ -109,7 +109,7 @@ def _reference_s(device: str, model: str) -> float:
 def course(seed: int, number: int) -> Course:
     """Number `number` of a seed. Raises RequestError where what was drawn cannot run."""
     dice = np.random.Generator(np.random.Philox([seed, number]))
-    is_crowd = number % 16 == 3
+    is_crowd = number % 11 == 3
     device, model = PAIRS[int(dice.integers(len(PAIRS)))]
     floor = FLOOR if dice.random() < 0.5 else None
     link = _scaled(LINKS[int(dice.integers(len(LINKS)))], dice)

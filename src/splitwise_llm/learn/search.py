@@ -1,9 +1,9 @@
-"""What simple rules would save in a course: tried in simulation, priced exactly, to be taught.
+"""Which simple rules would have been best in a course: tried in simulation, priced exactly, to be imitated.
 
 Knobs act through queues that take minutes to fill, so chance at single decisions says little of them. Here a rule holds
-one value of one knob in one kind of moment for whole runs, on the same traces as neutral knobs. What it saves, less
-what may be chance, is what this value is worth in such moments of this course; what of it holds for others is the
-learner's business.
+one value of one knob in one kind of moment for whole runs, on the same traces as neutral knobs. What saves more than
+noise (the mean of the paired differences is `SIGNIFICANT` standard errors and `LEAST` of the cost) is put together, the
+best first, as long as it goes on saving.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-LEAST = 0.002
-"""Of the cost: what is told as helping, and held beside other rules."""
+SIGNIFICANT, LEAST = 2.0, 0.002
 EVERY = 3
 """One in so many questions is kept."""
 _WHERE = {name: n for n, (name, _) in enumerate(HEADS)}
@@ -75,28 +74,30 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lesson:
-    """What rules save in a course, and what is seen there, with neutral knobs and with all that help."""
+    """A course's best rules, and what is seen under them and under none, with the actions they then ask for."""
 
     course: str
     rules: str
-    """Those that save more than noise, for people."""
-    worth: Floats
-    """(moments, sum of SIZES): share of the cost that a value of a knob saves; 0: neutral; NaN: not tried."""
+    """For people; empty where none saves anything."""
+    saved: float
+    """Share of the cost of neutral knobs."""
     seen: NDArray[np.float32]
     """(samples, TOTAL)"""
-    when: Ints
-    """(samples,): the moment of each."""
+    actions: Ints
+    """(samples, heads)"""
 
 
 @dataclass(slots=True, eq=False)
 class _Holding:
-    """Rules that are kept to as far as masks allow; and, if there is an `every`, a sample of what they are shown."""
+    """Rules that are kept to as far as masks allow; and a sample of what they are shown, with what `taught` asks for
+    there."""
 
     guide: Guide
     rules: Sequence[Rule]
-    every: int = 0
+    taught: Sequence[Rule] | None = None
     in_flight: bool = True
     seen: list[NDArray[np.float32]] = field(default_factory=list)
+    actions: list[Ints] = field(default_factory=list)
     when: list[Ints] = field(default_factory=list)
     _asked: int = 0
 
@@ -104,8 +105,9 @@ class _Holding:
         priced = self.guide.price(menu)
         now, masks = moments(menu), self.guide.masks(priced)
         self._asked += 1
-        if self.every and self._asked % self.every == 0:
+        if self.taught is not None and self._asked % EVERY == 0:
             self.seen.append(features(priced))
+            self.actions.append(_actions(self.taught, now, masks))
             self.when.append(now)
         return self.guide.guide(priced, Knobs.of(_actions(self.rules, now, masks))).choice
 
@@ -128,41 +130,34 @@ def cost(course: Course, traces: Traces, chooser: _Holding) -> Floats:
 
 
 def lesson(course: Course, seed: int, worlds: int, requests: int, samples: int) -> Lesson:
-    """Try every rule alone. Fewer worlds of many devices, as each holds more."""
+    """Try every rule alone, then what helped together. Fewer worlds of many devices, as each holds more."""
     devices = course.params.num_devices
     per_device, worlds = max(requests // devices, 16), max(worlds // devices**0.5, 6)
     traces = draw(course.params, TRAIN.seed + seed, range(int(worlds)), per_device, TRAIN.spread)
-    plain = _Holding(course.guide, (), EVERY)
-    neutral = cost(course, traces, plain)
-    worth = _untried()
-    helps: dict[tuple[int, tuple[Moment, ...]], tuple[float, Rule]] = {}
-    for rule in candidates(course):
-        saved = neutral - cost(course, traces, _Holding(course.guide, [rule]))
-        share = shrunk(saved) / neutral.mean()
-        worth[np.ix_(rule.when, [sum(SIZES[: rule.head]) + rule.value])] = share
-        if share > max(LEAST, helps.get((rule.head, rule.when), (0.0, rule))[0]):
-            helps[rule.head, rule.when] = share, rule
-    shown = [plain]
-    if helps:
-        shown.append(_Holding(course.guide, [rule for _, rule in helps.values()], EVERY))
-        cost(course, traces, shown[1])
-    seen, when = (np.concatenate([part for one in shown for part in getattr(one, name)]) for name in ("seen", "when"))
-    rows = _rows(when, samples, np.random.Generator(np.random.Philox([seed, 17])))
-    said = ", ".join(f"{rule} saves {100 * share:.1f} %" for share, rule in helps.values())
-    return Lesson(course.name, said, worth, seen[rows], when[rows])
 
+    def saved(rules: Sequence[Rule]) -> Floats:
+        return neutral - cost(course, traces, _Holding(course.guide, rules))
 
-def shrunk(saved: Floats) -> float:
-    """The mean of paired differences, less what chance may have put into it (the positive part of James and Stein's
-    estimator): 0 where it is smaller than its standard error."""
-    mean, error = float(saved.mean()), float(saved.std(ddof=1)) / len(saved) ** 0.5
-    return mean * max(1 - (error / mean) ** 2, 0.0) if mean else 0.0
-
-
-def _untried() -> Floats:
-    worth = np.full((len(Moment), sum(SIZES)), np.nan)
-    worth[:, np.cumsum([0, *SIZES[:-1]]) + np.array(NEUTRAL)] = 0.0
-    return worth
+    neutral = cost(course, traces, _Holding(course.guide, ()))
+    helps = [(rule, one) for rule in candidates(course) if _counts(one := saved([rule]), neutral)]
+    best: list[Rule] = []
+    gain = np.zeros(len(neutral))
+    for rule, alone in sorted(helps, key=lambda each: -each[1].mean()):
+        if any(rule.head == other.head and set(rule.when) & set(other.when) for other in best):
+            continue
+        one = saved([*best, rule]) if best else alone
+        if _counts(one - gain, neutral):
+            best, gain = [*best, rule], one
+    shown = [_Holding(course.guide, rules, best) for rules in ([(), best] if best else [()])]
+    for each in shown:
+        cost(course, traces, each)
+    seen, actions, when = (
+        np.concatenate([part for each in shown for part in getattr(each, name)]) for name in ("seen", "actions", "when")
+    )
+    dice = np.random.Generator(np.random.Philox([seed, 17]))
+    rows = _rows(when, samples, dice)
+    rules = ", ".join(map(str, best))
+    return Lesson(course.name, rules, float(gain.mean() / neutral.mean()), seen[rows], actions[rows])
 
 
 def _rows(when: Ints, samples: int, dice: np.random.Generator) -> Ints:
@@ -198,6 +193,11 @@ def candidates(course: Course) -> Iterator[Rule]:
         yield from (Rule(patience, value, (Moment.GOING_DOWN,)) for value in (0, SIZES[patience] - 1))
 
 
+def _counts(saved: Floats, neutral: Floats) -> bool:
+    error = saved.std(ddof=1) / np.sqrt(len(saved))
+    return bool(saved.mean() > SIGNIFICANT * error and saved.mean() > LEAST * neutral.mean())
+
+
 def lessons(
     courses: Sequence[Course], seed: int, worlds: int, requests: int, samples: int, processes: int,
     told: Callable[[Lesson], None], folder: Path,
@@ -222,12 +222,14 @@ def _lesson(task: tuple[Path, int, tuple[int, int, int, int]]) -> Lesson:
     file, number, sizes = task
     if file.exists():
         with np.load(file) as kept:
-            return Lesson(str(kept["course"]), str(kept["rules"]), kept["worth"], kept["seen"], kept["when"])
+            return Lesson(
+                str(kept["course"]), str(kept["rules"]), float(kept["saved"]), kept["seen"], kept["actions"]
+            )  # fmt: skip
     one = lesson(_COURSES[number], *sizes)
     part = file.with_suffix(".part.npz")
-    np.savez(part, course=one.course, rules=one.rules, worth=one.worth, seen=one.seen, when=one.when)
+    np.savez(part, course=one.course, rules=one.rules, saved=one.saved, seen=one.seen, actions=one.actions)
     part.replace(file)  # whole or not at all: a run may be stopped at any time
     return one
 
 
-__all__ = ["Lesson", "Moment", "Rule", "candidates", "lesson", "lessons", "moments", "shrunk"]
+__all__ = ["Lesson", "Moment", "Rule", "candidates", "lesson", "lessons", "moments"]

@@ -3,8 +3,8 @@
 1. Settings are drawn (`courses`), and simulated many worlds at a time (`env`): an action turns knobs, the reward is
    what that saved against exact drift plus penalty on the same trace.
 2. The network (`Reader`, two tanh layers, one head per knob) starts at neutral knobs, which are drift plus penalty.
-3. In each setting simple rules are tried by simulation (`search`): what a value of a knob saves in one kind of moment.
-   The network is taught to turn what saves most, and so to tell from what it sees which setting it is in.
+3. For each setting the best simple rules are searched by simulation (`search`), and the network imitates them: it
+   learns to tell from what it sees which setting it is in.
 4. Proximal policy optimisation with action masks (sb3-contrib's `MaskablePPO`) goes on from there, moment by moment.
    Two things are ours: decisions are not equally far apart in time, so each step has a discount of its own (`Buffer`);
    and the prices of budgets rise while they are overspent (`env`).
@@ -59,20 +59,18 @@ class Config:
     """Everything that weights depend on, beside the source and the machine type."""
 
     seed: int = 0
-    lessons: int = 96
-    """Courses that rules are tried in; the first `courses` of them are practised in."""
-    lesson_worlds: int = 24
-    lesson_requests: int = 36
-    lesson_samples: int = 1500
-    """Decisions of each course that are shown."""
-    teaching: int = 3000
-    """Gradient steps."""
-    courses: int = 48
+    courses: int = 60
     worlds: int = 8
     """Of each course, side by side."""
     requests: int = 40
     """Of each trace, all devices together."""
-    decisions: int = 150_000
+    lesson_worlds: int = 24
+    lesson_requests: int = 30
+    lesson_samples: int = 1500
+    """Decisions of each course that are imitated."""
+    imitation: int = 1500
+    """Gradient steps."""
+    decisions: int = 250_000
     """Of proximal policy optimisation; 0 leaves it out."""
     steps: int = 32
     """Of each world between two updates."""
@@ -92,7 +90,7 @@ class Config:
     """Courses set apart."""
 
     def __post_init__(self) -> None:
-        if min(self.lessons, self.courses, self.worlds, self.steps, self.validate_every, self.validation) < 1:
+        if min(self.courses, self.worlds, self.steps, self.validate_every, self.validation) < 1:
             raise SpecError(f"every count of a training configuration is 1 or more: {self}")
 
     @property
@@ -107,12 +105,11 @@ class Config:
 CONFIGS: dict[str, Config] = {
     "default": Config(),
     "tiny": Config(
-        lessons=2,
-        lesson_worlds=3,
-        lesson_requests=8,
-        teaching=20,
         courses=2,
         worlds=4,
+        lesson_worlds=3,
+        lesson_requests=8,
+        imitation=20,
         decisions=2048,
         minibatch=128,
         validate_every=2,
@@ -238,23 +235,11 @@ def begin_at(model: MaskablePPO, start: Network) -> None:
             mine.copy_(torch.as_tensor(theirs))
 
 
-UNTRIED = -0.005
-"""What a value of a knob that was not tried counts as saving: rather not."""
-LEANING = 0.001
-"""What neutral knobs count as saving: who saves no more is not worth a turn."""
-SHARPNESS = 0.002
-"""A value that is worth so much more than another is e times as likely to be taught."""
-
-
-def teach(model: MaskablePPO, taught: Sequence[Lesson], steps: int, seed: int) -> float:
-    """Make the actor turn what saves most: it learns the softmax of what values are worth, so that courses which look
-    alike are averaged. The last cross-entropy, in nats per knob."""
+def imitate(model: MaskablePPO, taught: Sequence[Lesson], steps: int, seed: int) -> float:
+    """Teach the actor the best constants of each course, from what was seen there; the last loss (nats per head)."""
     policy: Any = model.policy
     x = np.concatenate([one.seen for one in taught])
-    neutral = np.cumsum([0, *SIZES[:-1]]) + np.array(NEUTRAL)
-    worth = np.concatenate([one.worth[one.when] for one in taught])
-    worth = np.where(np.isnan(worth), UNTRIED, worth).astype(np.float32)
-    worth[:, neutral] += LEANING
+    y = np.concatenate([one.actions for one in taught])
     weight = np.concatenate([np.full(len(one.seen), 1 / max(len(one.seen), 1)) for one in taught])
     dice = np.random.Generator(np.random.Philox([seed, 23]))
     modules = (policy.features_extractor, policy.mlp_extractor.policy_net, policy.action_net)
@@ -265,12 +250,8 @@ def teach(model: MaskablePPO, taught: Sequence[Lesson], steps: int, seed: int) -
         shown = torch.as_tensor(x[rows], device=model.device)
         latent = policy.mlp_extractor.forward_actor(policy.extract_features(shown))
         heads = torch.split(policy.action_net(latent), list(SIZES), dim=1)
-        worths = torch.split(torch.as_tensor(worth[rows], device=model.device) / SHARPNESS, list(SIZES), dim=1)
-        each = [
-            -(value.softmax(dim=1) * head.log_softmax(dim=1)).sum(dim=1).mean()
-            for head, value in zip(heads, worths, strict=True)
-        ]
-        loss = torch.stack(each).mean()
+        wanted = torch.as_tensor(y[rows], device=model.device)
+        loss = torch.stack([nn.functional.cross_entropy(head, wanted[:, n]) for n, head in enumerate(heads)]).mean()
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -319,9 +300,9 @@ def train(
     torch.manual_seed(config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     state = _state(config, folder)
-    tell(f"{max(config.lessons, config.courses)} courses are drawn")
-    drawn = courses(TRAIN.seed + config.seed, max(config.lessons, config.courses), processes)
-    given = ([*drawn[: config.courses], *more], config.worlds, config.seed, config.requests)
+    tell(f"{config.courses} courses are drawn")
+    drawn = courses(TRAIN.seed + config.seed, config.courses, processes)
+    given = ([*drawn, *more], config.worlds, config.seed, config.requests)
     env = ParallelEnv(*given, processes) if processes > 1 else CourseEnv(*given)
     validation = Validation(config, processes)
     model = learner(config, env, device)
@@ -337,11 +318,11 @@ def train(
     elif start is None:
         network(model, env).save(folder / "splitwise.npz")  # neutral, which saves nothing: what is kept must save more
         state["best"] = 0.0
-        taught = _taught(config, drawn[: config.lessons], folder, processes, tell)
-        loss = teach(model, taught, config.teaching, config.seed)
+        taught = _taught(config, drawn, folder, processes, tell)
+        loss = imitate(model, taught, config.imitation, config.seed)
         seen = np.concatenate([one.seen for one in taught])[:, :COUNT]
         env.low, env.high = np.minimum(env.low, seen.min(axis=0)), np.maximum(env.high, seen.max(axis=0))
-        tell(f"taught to {loss:.3f} nats per knob")
+        tell(f"imitated to {loss:.3f} nats per knob")
     model._setup_learn(config.updates * config.steps * env.num_envs, None, reset_num_timesteps=True)
     if not state["curve"]:
         _validate(config, folder, state, model, env, validation, tell)
@@ -370,7 +351,8 @@ def _taught(
     def told(one: Lesson) -> None:
         nonlocal count
         count += 1
-        tell(f"course {count} of {len(drawn)}, {one.course}: {one.rules or 'neutral knobs'}")
+        saves = f"{one.rules} saves {100 * one.saved:.2f} %" if one.rules else "neutral knobs"
+        tell(f"course {count} of {len(drawn)}, {one.course}: {saves}")
 
     sizes = (config.lesson_worlds, config.lesson_requests, config.lesson_samples)
     return lessons(drawn, 100_000 * (config.seed + 1), *sizes, processes, told, folder / "lessons")
