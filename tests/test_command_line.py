@@ -92,8 +92,11 @@ def test_machines_of_a_shared_stage_compute_at_the_same_time(cloud: str) -> None
             return len(both) / len(other)
 
     async def play() -> None:
-        # A machine busy with other programs delays messages past a stage: one quiet moment in three is enough.
-        assert any([await overlapping() > 0.5 for _ in range(3)])
+        # A machine busy with other programs delays messages past a stage: one quiet moment in six is enough.
+        for _ in range(6):
+            if await overlapping() > 0.5:
+                return
+        pytest.fail("one machine always waited for the other")
 
     asyncio.run(play())
 
