@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -73,6 +74,21 @@ def test_a_block_is_left_when_its_time_is_over_and_not_before() -> None:
         time.sleep(5)
     with pytest.raises(SpentError), within(-1.0):
         raise AssertionError("no time to begin")
+
+
+# Dies when cli/seeking.py says `ITIMER_REAL, seconds)` for `ITIMER_REAL, seconds, AGAIN_S)`.
+def test_that_time_is_over_is_said_again_where_it_was_lost() -> None:
+    """A finaliser that was running took the only alarm there was, and the search went on for ever."""
+
+    def hard_of_hearing() -> None:
+        with suppress(SpentError):
+            time.sleep(2)
+        time.sleep(2)
+        raise AssertionError("nobody was told")
+
+    with pytest.raises(SpentError), within(0.05):
+        hard_of_hearing()
+    time.sleep(0.3)  # no alarm is left behind
 
 
 def test_what_takes_long_is_said_on_stderr_and_what_does_not_is_not(capfd: pytest.CaptureFixture[str]) -> None:

@@ -56,20 +56,28 @@ class SpentError(Exception):
     """The time is over."""
 
 
+AGAIN_S = 0.2
+"""Between two times that a block hears that its time is over."""
+
+
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises SpentError in the block when it takes longer; in the main thread only."""
+    """Raises SpentError in the block when it takes longer, and again as long as nobody heard it; in the main thread
+    only. Where the interpreter happens to run somebody's finaliser, what is raised there is lost."""
+    counts = True
 
     def over(_number: int, _frame: FrameType | None) -> None:
-        raise SpentError
+        if counts:
+            raise SpentError
 
     if seconds <= 0:
         raise SpentError
     before = signal.signal(signal.SIGALRM, over)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
         yield
     finally:
+        counts = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
