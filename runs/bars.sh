@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The table of docs/bars.md: what the policy splitwise must reach, row by row, from an empty machine. Half an hour of
+# one core, most of it the stability of 32 long traces; stop it at will, finished cells are kept and not run again.
+# rush-hour (120 devices) is not among these: `splitwise bench scenarios --few --scenario rush-hour` takes hours.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+make venv
+mkdir -p out/cells
+scenarios=()
+for name in healthy-cloud capable-edge private-mec private-wan flaky-wan tunnel day long-prompt; do
+  scenarios+=(--scenario "$name")
+done
+.venv/bin/splitwise bench scenarios --few --worlds 12 --requests-per-trace 60 --keep out/cells --bars out/bars.md \
+  --json out/bars.json --html out/bars.html "${scenarios[@]}" "$@"
