@@ -236,7 +236,7 @@ def begin_at(model: MaskablePPO, start: Network) -> None:
 
 
 def imitate(model: MaskablePPO, taught: Sequence[Lesson], steps: int, seed: int) -> float:
-    """Teach the actor the best constants of each course, from what was seen there; the last loss (nats per head)."""
+    """Teach the actor the best rules of each course, from what was seen there; the last loss (nats per head)."""
     policy: Any = model.policy
     x = np.concatenate([one.seen for one in taught])
     y = np.concatenate([one.actions for one in taught])
