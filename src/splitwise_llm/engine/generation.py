@@ -55,7 +55,7 @@ from splitwise_llm.partition import Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.rebuild import keepers
 from splitwise_llm.records import Prediction, RequestRecord, Status
-from splitwise_llm.wire.messages import Begun, Close, Closed, Data
+from splitwise_llm.wire.messages import Away, Begun, Close, Closed, Data, Halt, Halted
 
 CLOSING_S = 2.0
 """How long a worker may take to say good-bye once the answer is complete."""
@@ -125,6 +125,8 @@ class Generation:
         self._is_fresh = self._begun_at == request.prompt_tokens
         self._num_apart = 0
         """So often two workers did not reach each other."""
+        self._away: dict[int, Away] = {}
+        """By worker, what it says that it made while it was out of reach."""
         self._precision = ""
         self._record: RequestRecord | None = None
         self.on_event: Callable[[str, str], object] | None = None
@@ -249,6 +251,8 @@ class Generation:
             run = None
             if not self._is_over and not self._admission.misses:
                 await self._admission.open_sessions(self.decision.partition)
+                await self._catch_up()
+            if not self._is_over and not self._admission.misses:
                 run = await self._begin_first("admission" if self._is_fresh else "resume")
         except BaseException:
             await self._leave()
@@ -307,6 +311,8 @@ class Generation:
             self._background.start("ready", self._standby.ready())
             while not self._is_over:
                 try:
+                    if run is None and await self._catch_up():
+                        continue
                     run = run or await self._begin(why)
                     await self._walk(run)
                     why = "move"
@@ -419,9 +425,39 @@ class Generation:
         """Walk until the answer is complete or the partition is to move. Raises PeerError, and what is our fault."""
         self._filling.expect(run.workers, run.decision, run.extent)
         self._moving.go_home()
+        if self._away:  # said while the run was being begun
+            self._halting.is_due.set()
         if run.decision.shadow and "shadow" not in self._background.tasks:
             self._background.start("shadow", self._standby.shadow())
         await self._halting.walk(run)
+
+    async def _catch_up(self) -> bool:
+        """Between two runs: take the tokens that workers made while they were out of reach, where they go on from those
+        there are; whether there were any. Who made others since is told where they part. Raises PeerError."""
+        caught = False
+        while self._away:
+            number, away = self._away.popitem()
+            mine = self.ids[away.start :]
+            same = next((n for n, (a, b) in enumerate(zip(mine, away.ids, strict=False)) if a != b), len(mine))
+            if same < min(len(mine), len(away.ids)) or away.start > len(self.ids):
+                if self._peers[number].is_open:
+                    await self._peers[number].ask(Halt(away.run, keep=away.start + same), Halted, away.run)
+                continue
+            late = away.ids[len(mine) :]
+            if late:
+                await self._background.stop("move")
+                await self._background.stop("shadow")
+                for id_ in late:
+                    if not self._is_over:
+                        self._add(id_)
+                run = self._filling.broken.get(number)
+                if run is not None and run.extent.run == away.run:
+                    run.depths += [run.depths[-1] if run.depths else 0] * len(late)
+                self._tell("caught-up", f"{len(late)} tokens that {self._device.names[number]} made meanwhile")
+                caught = True
+                if not self._is_over and number not in self.decision.partition.machines:
+                    await self._moving.reconsider()
+        return caught
 
     async def _recover(self, error: SplitwiseError) -> None:
         """Return once there is something that can be run, or nothing left to run. Raises what happened when nothing can
@@ -432,19 +468,23 @@ class Generation:
     def _take(self, sampled: Sampled) -> None:
         """A token of the run that is under way."""
         run = self._runs[-1]
-        self._journal.token(sampled.id)
-        at_s = time.monotonic() - self._account.start_s
         if not run.depths:
             later_s = self._controller.token_s(run.decision)
             for number in run.workers:
                 self._peers[number].expect(later_s)
         run.depths.append(sampled.depth)
+        self._add(sampled.id)
+
+    def _add(self, token: int) -> None:
+        """The next token, whoever made it."""
+        self._journal.token(token)
+        at_s = time.monotonic() - self._account.start_s
         self._failover.token()
         self._halting.came.set()
-        text = self._stream.push(sampled.id)
+        text = self._stream.push(token)
         if self._is_over:
             text += self._stream.finish()
-        self._tokens.put_nowait(Token(sampled.id, text, at_s))
+        self._tokens.put_nowait(Token(token, text, at_s))
         self._controller.token(at_s)
 
     # What peers tell (`Owner`)
@@ -487,6 +527,12 @@ class Generation:
             if self._halting.current is not None:
                 self._moving.go_home()
         self._failover.asked(number, why)
+
+    def away(self, number: int, said: Away) -> None:
+        """A worker went on while it was out of reach: what runs meanwhile ends at its next token."""
+        self._away[number] = said
+        if self._halting.current is not None:
+            self._halting.is_due.set()
 
     def told(self, kind: str, text: str) -> None:
         """For the record."""

@@ -39,6 +39,7 @@ from splitwise_llm.wire import messages
 from splitwise_llm.wire.codec import ElementLoss
 from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.messages import (
+    Away,
     Begin,
     Begun,
     Close,
@@ -117,6 +118,8 @@ class Hosted:
         self._drafting = Drafting(Lookup(), machine.spec.vocab_size)
         """For token loops of its own; what it has learnt is good for later runs."""
         self._running: dict[int, _Running] = {}
+        self._away: Away | None = None
+        """What was made since the device was lost, until it goes on from there."""
         self._neighbours: dict[int, asyncio.Task[None]] = {}
         self._serving: asyncio.Task[None] | None = None
         self._is_over = False
@@ -160,6 +163,7 @@ class Hosted:
         over (True) or the link ends (False). Raises SplitwiseError for what ends the session."""
         async with self._changing:
             await self._detach()
+            await self._stop_loops()
             self._links[DEVICE] = link
             serving = self._serving = asyncio.create_task(self._take_orders(link, known, advert))
         try:
@@ -178,18 +182,29 @@ class Hosted:
         return self._is_over
 
     async def _detach(self) -> None:
-        """Give up the link in use, if there is one; what is cached stays."""
+        """Give up the link in use, if there is one; what is cached stays. A token loop that needs nobody goes on: its
+        tokens are there when the device comes back."""
         serving, self._serving = self._serving, None
         if serving:
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
-        await self._stop_runs()
+        await self._stop_runs(besides_loops=True)
         self._links.pop(DEVICE, None)
+
+    async def _stop_loops(self) -> None:
+        """End what went on without the device, and keep what it made."""
+        loops = [running.walker for running in self._running.values()]
+        await self._stop_runs()
+        for walker in loops:
+            if walker.made:
+                extent = walker.post.extent
+                self._away = Away(extent.run, extent.known, walker.made)
 
     async def drop(self) -> None:
         """Forget everything."""
         async with self._changing:
             await self._detach()
+            await self._stop_runs()
         for task in self._neighbours.values():
             task.cancel()
         await asyncio.gather(*self._neighbours.values(), return_exceptions=True)
@@ -198,7 +213,7 @@ class Hosted:
     async def _take_orders(self, link: Link, known: bool, advert: Advertise) -> None:
         """Say what is held, then take frames until the link ends. Orders are obeyed one after the other; data and
         pings wait for none of them."""
-        await link.send(pack(Opened(known, *self._holds())))
+        await link.send(pack(Opened(known, *self._holds(), self._away)))
         orders: asyncio.Queue[tuple[Header, memoryview]] = asyncio.Queue(MAX_ORDERS)
         both = [asyncio.create_task(self._listen(link, orders, advert)), asyncio.create_task(self._obey(link, orders))]
         try:
@@ -262,6 +277,8 @@ class Hosted:
             if extent.tokens:
                 await self._stop_runs()
             share = await self._share(plan, extent, begin)
+            if extent.tokens:
+                self._away = None  # what is cached now ends where the device says
             await self._reach(begin)
         except _NoWay as error:
             await link.send(pack(Failed(Unreachable.__name__, str(error), run=begin.run, machine=error.machine)))
@@ -399,9 +416,13 @@ class Hosted:
 
     async def _halt(self, link: Link, halt: Halt) -> None:
         """End a run: a token loop of one's own at its next token, anything else (which waits for others) at once. Of a
-        run that never began, or is over, it is said what is here."""
+        run that never began, or is over, it is said what is here; what it left may be cut."""
         running = self._running.get(halt.run)
         if running is None:
+            if halt.keep >= 0:
+                await self._shares.cut(halt.keep)
+                self._kept.truncate(halt.keep)
+                self._away = None
             await link.send(pack(Halted(halt.run, [], 0, *self._holds()), messages.pack_intervals([])))
             return
         if running.walker.makes_tokens_alone and running.walker.post.extent.tokens and not halt.at_once:
@@ -428,10 +449,11 @@ class Hosted:
             await self._shares.cut(certain)
             self._kept.truncate(certain)
 
-    async def _stop_runs(self) -> None:
-        while self._running:
-            _, running = self._running.popitem()
-            await self._end(running)
+    async def _stop_runs(self, besides_loops: bool = False) -> None:
+        for run, running in list(self._running.items()):
+            if not (besides_loops and running.walker.needs_nobody):
+                self._running.pop(run, None)
+                await self._end(running)
 
     # Caches
 

@@ -94,6 +94,17 @@ class Moving:
                 if self.controller.drafting is not None:
                     self.controller.drafting.most = decision.draft
 
+    async def reconsider(self) -> None:
+        """Between two runs, with a worker back that has gone on by itself: what is to run next?"""
+        if self.controller.is_asked_again:
+            decision = await self._ask(Occasion.RETURN)
+        else:
+            decision = None if self.failover.down(self.home.partition) else self.home
+        if decision is not None and self._is_another(decision):
+            old, new = (one.partition.text(self.names) for one in (self.decision, decision))
+            self.tell("move", f"{old} -> {new} ({Occasion.RETURN})")
+            self.before, self.decision = self.decision, decision
+
     def _is_another(self, decision: Decision) -> bool:
         """Whether it takes another run. Another length of drafts does not: where the loop is here it is heeded at the
         next step, and elsewhere the loop sees to it itself."""

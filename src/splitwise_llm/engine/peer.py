@@ -33,6 +33,7 @@ from splitwise_llm.errors import (
 from splitwise_llm.rebuild import NOTHING, Held
 from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.messages import (
+    Away,
     Begun,
     Close,
     Closed,
@@ -75,6 +76,9 @@ class Owner(Protocol):
 
     def asked(self, number: int, why: str) -> None:
         """A decision is due: fault, return, gone or patience."""
+
+    def away(self, number: int, said: Away) -> None:
+        """What the worker made while it was out of reach."""
 
     def told(self, kind: str, text: str) -> None:
         """For the record."""
@@ -190,6 +194,8 @@ class Peer:
             raise BrokenInvariant("an answer of another kind was waited for")
         self.is_open = True
         self.hold(answer)
+        if answer.away is not None:
+            self._owner.away(self.number, answer.away)
         return answer.known
 
     def hold(self, said: Opened | Halted) -> None:

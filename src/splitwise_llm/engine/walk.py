@@ -10,6 +10,7 @@ import asyncio
 import struct
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -22,7 +23,7 @@ from splitwise_llm.engine.boundaries import Boundaries
 from splitwise_llm.engine.drafting import Drafting
 from splitwise_llm.engine.machine import Machine, T
 from splitwise_llm.engine.post import Letter, Post
-from splitwise_llm.errors import BrokenInvariant, ProtocolError, RequestError, WorkerFailed
+from splitwise_llm.errors import BrokenInvariant, LinkDied, ProtocolError, RequestError, WorkerFailed
 from splitwise_llm.model.sampling import Sampling, sample
 from splitwise_llm.model.share import Positions, Share
 from splitwise_llm.plan import DEVICE, Kind, Move, Plan, Serial, Shared, Stage, Step
@@ -186,6 +187,8 @@ class Walker:
     intervals: list[Interval] = field(default_factory=list)
     halting: bool = False
     """Whether to end at the next token."""
+    made: list[int] = field(default_factory=list)
+    """Ids so far, where the token loop is."""
     rounds: list[tuple[int, int]] = field(default_factory=list)
     """Positions computed and tokens made in each decode step, as far as they are known here."""
     certain: int = field(init=False)
@@ -222,7 +225,10 @@ class Walker:
             if number:
                 made = await self._round(one, made)
             made = await self._hand_over(one, made)
-            self._count += len(made.ids) if made else 0
+            if made:
+                self._count += len(made.ids)
+                if self.me == self.plan.loop_machine:
+                    self.made += made.ids
             if number:
                 self._judged(one, made, time.monotonic() - began_s)
             if self.halting or (made and self._is_last(made)):
@@ -262,6 +268,11 @@ class Walker:
         """Whether the token loop runs here without the device."""
         return self.me != DEVICE and self.plan.embed == self.plan.head == self.me
 
+    @property
+    def needs_nobody(self) -> bool:
+        """Whether it goes on to the last token without the device, once it has the prompt."""
+        return self.makes_tokens_alone and all(set(stage.machines) == {self.me} for stage in self.plan.stages)
+
     async def _prefill(self) -> _Made | None:
         """All chunks, each stage in order but several stages at once. The token if the head is here."""
         extent = self.post.extent
@@ -293,7 +304,8 @@ class Walker:
                     raise ProtocolError(f"tokens of position {letter.step.start} came, others are awaited")
             elif made:
                 one.step = replace(one.step, made=len(made.ids))
-                await self.post.send(move, one.step, _ids_out(made.ids), made.depth)
+                with suppress(LinkDied) if self.needs_nobody else nullcontext():  # who comes back is told of them
+                    await self.post.send(move, one.step, _ids_out(made.ids), made.depth)
         if made and self.me == self.plan.loop_machine != DEVICE and self.drafting:
             self.drafting.follows(self.post.extent.known + self._count, made.ids)
         if self.me == DEVICE and made and self.on_token:

@@ -17,7 +17,7 @@ from splitwise_llm.errors import BrokenInvariant, ProtocolError
 from splitwise_llm.plan import Kind
 from splitwise_llm.records import Interval
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 _LENGTH = struct.Struct("<I")
 _INTERVAL = struct.Struct("<iiidd")
 _MAX_HEADER_BYTES = 1 << 20
@@ -97,6 +97,15 @@ class Streams(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     spans: tuple[tuple[int, int], ...]
 
 
+class Away(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a token loop made that went on without the device: ids from position `start` on, those that still got
+    through among them. What the worker holds is as if all of them were right."""
+
+    run: Count
+    start: Count
+    ids: list[Count]
+
+
 class Opened(_Header, frozen=True, tag="opened"):
     """Worker to device: the session is open (or, to another worker: joined), and this is what is held of it."""
 
@@ -104,6 +113,7 @@ class Opened(_Header, frozen=True, tag="opened"):
     """Whether it was open before."""
     held: list[Held] = []
     streams: list[Streams] = []
+    away: Away | None = None
 
 
 class Begin(_Header, frozen=True, tag="begin"):
@@ -178,8 +188,8 @@ class Halt(_Header, frozen=True, tag="halt"):
     at_once: bool = False
     """Something has failed: no next token may come."""
     keep: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 31)] = -1
-    """Positions whose ids are certain; what was drafted behind them was not accepted. -1: as far as the worker knows
-    itself."""
+    """Positions whose ids are certain; what was drafted behind them was not accepted, or another text has gone on from
+    there. -1: as far as the worker knows itself."""
 
 
 class Ping(_Header, frozen=True, tag="ping"):
