@@ -9,7 +9,8 @@ demo: venv
 	$(BIN)/splitwise demo
 
 test: venv
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long and not alone" -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -m "not long and alone"
 
 test-long: venv
 	$(BIN)/python -m pytest -m long

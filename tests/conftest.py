@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from forked import forked_workers
 from splitwise_llm.bench.random_models import TINY, make_model
 
 settings.register_profile("splitwise", deadline=None, derandomize=True)
 settings.load_profile("splitwise")
 torch.set_num_threads(1)
 
+ALONE = ("engine", "wire")
+"""Folders of tests that start processes, use sockets or measure time: nothing is to run beside them."""
 BUNDLED_TOKENIZER = Path(__file__).parent.parent / "src/splitwise_llm/data/bundled/tokenizer.json"
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name in ALONE:
+            item.add_marker("alone")
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +42,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[name]
 
     return directory
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[None]:
+    """Workers and shaped links of the module are forks of one process: they need not import torch again."""
+    with forked_workers():
+        yield

@@ -24,6 +24,7 @@ from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.records import Event, RequestRecord, RunRecord
 from splitwise_llm.report import Outage, happenings, timeline
 
+pytestmark = pytest.mark.alone
 DEMO = [sys.executable, "-m", "splitwise_llm", "demo"]
 QUICK = ("--break", "--rtt", "4ms", "--silence", "0.5s", "--away", "0.1s", "--patience", "0")
 

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from forked import splitwise
 from splitwise_llm.bench.processes import Child, shaped_link, worker
 from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.edge import edge_with
 from splitwise_llm.errors import LinkDied, ListenError, WorkerFailed
 from splitwise_llm.records import RequestRecord
 
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("forks")]
 ROOT = Path(__file__).parent.parent
-SPLITWISE = [sys.executable, "-m", "splitwise_llm"]
 PROMPT = "It was a bright morning, and the Prince said:"
 SHARED = "edge[0:3] edge+cloud+third[3](kv=edge:0,cloud:1-2,third:3 ffn=edge:0-1,cloud:2-5,third:6-7) third[4:8]"
 
@@ -35,10 +36,6 @@ def cloud() -> Iterator[str]:
 def third() -> Iterator[str]:
     with worker("bundled") as process:
         yield process.address
-
-
-def splitwise(*arguments: str | bytes, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([*SPLITWISE, *arguments], input=stdin, capture_output=True, timeout=100, check=False)
 
 
 def refused(*arguments: str | bytes, stdin: bytes = b"") -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from forked import splitwise_text
 from splitwise_llm.bench import fidelity
 from splitwise_llm.bench.accuracy import Choice, Text, boundaries, measure, spans, windows
 from splitwise_llm.bench.fidelity import Outcome, Stand, seconds_per_token, summarise
@@ -42,6 +43,7 @@ from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.partition import Partition
 from splitwise_llm.spec import DeviceSpec, Dtype, LinkSpec, Weights, find_model
 
+pytestmark = pytest.mark.alone
 BUNDLED = find_model("bundled")
 
 
@@ -212,13 +214,7 @@ def test_the_bundled_model_comes_with_a_table_and_unknown_ones_count_as_lossless
 def test_a_text_too_short_to_measure_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     text, device = tmp_path / "short.txt", tmp_path / "here.json"
     text.write_text("Only this.")
-    said = subprocess.run(
-        [sys.executable, "-m", "splitwise_llm", "profile", "--accuracy", str(text), "--out", str(device)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    said = splitwise_text("profile", "--accuracy", str(text), "--out", str(device))
     assert said.returncode == 2
     assert "expected at least 32" in said.stderr
     assert "Traceback" not in said.stderr

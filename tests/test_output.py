@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from forked import splitwise_text
 from splitwise_llm.cli.output import whole
 
+pytestmark = pytest.mark.alone
 SPLITWISE = [sys.executable, "-m", "splitwise_llm"]
 
 
@@ -84,8 +86,7 @@ def test_a_simulation_that_is_interrupted_leaves_the_file_that_was_there(tmp_pat
 
 
 def test_a_profile_that_fails_leaves_no_file(tmp_path: Path) -> None:
-    ask = ("profile", "--model", str(tmp_path / "no-model"), "--out", str(tmp_path / "here.json"))
-    done = subprocess.run([*SPLITWISE, *ask], capture_output=True, text=True, timeout=100, check=False)
+    done = splitwise_text("profile", "--model", str(tmp_path / "no-model"), "--out", str(tmp_path / "here.json"))
     assert done.returncode not in (0, 1), done.stderr
     assert os.listdir(tmp_path) == []
 
@@ -97,13 +98,13 @@ def replay(tmp_path: Path) -> list[str]:
     links.mkdir()
     (links / "lte.up").write_text("0 40\n1 20\n2 30\n120 10\n121 30\n")
     asked.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:00:00,90,5\n2023-11-16 18:00:40,120,6\n")
-    ask = [*SPLITWISE, "simulate", "--scenario", "real-traces", "--policy", "router", "--worlds", "2", "--plain"]
+    ask = ["simulate", "--scenario", "real-traces", "--policy", "router", "--worlds", "2", "--plain"]
     ask += ["--requests-per-trace", "5", "--traces", str(links), "--requests", str(asked)]
     return [*ask, "--out", str(tmp_path / "run.jsonl")]
 
 
 def test_a_simulation_refuses_a_recording_with_a_pause(replay: list[str], tmp_path: Path) -> None:
-    done = subprocess.run(replay, capture_output=True, text=True, timeout=100, check=False)
+    done = splitwise_text(*replay)
     assert done.returncode == 2
     assert f"{tmp_path / 'links' / 'lte.up'}:4: nothing is known from 2 s" in done.stderr
     assert "--cut-gaps" in done.stderr
@@ -112,7 +113,7 @@ def test_a_simulation_refuses_a_recording_with_a_pause(replay: list[str], tmp_pa
 
 @pytest.mark.long
 def test_a_simulation_writes_lines_that_need_no_other_file(replay: list[str], tmp_path: Path) -> None:
-    done = subprocess.run([*replay, "--cut-gaps"], capture_output=True, text=True, timeout=300, check=False)
+    done = splitwise_text(*replay, "--cut-gaps", timeout=300)
     assert done.returncode == 0, done.stderr
     assert "the link is lte, one of 1" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from forked import splitwise_text
 from splitwise_llm.bench.peers import (
     OUR_WAYS,
     TEXT_FIGURES,
@@ -42,6 +42,7 @@ from splitwise_llm.bench.peers_llamacpp import (
 from splitwise_llm.bench.random_models import make_model
 from splitwise_llm.errors import LinkDied, MemoryTooSmall, ModelError, UserError, WorkerFailed
 
+pytestmark = pytest.mark.alone
 GROUPED = {
     "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 8,
     "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 101, "max_position_embeddings": 64,
@@ -190,14 +191,12 @@ def test_programs_are_found_in_a_build_and_what_is_missing_is_named(tmp_path: Pa
 
 
 def test_the_command_refuses_a_folder_without_a_build(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "splitwise_llm", "bench", "peers", "--llamacpp"]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False)
+    command = ("bench", "peers", "--llamacpp", str(tmp_path))
+    done = splitwise_text(*command)
     assert done.returncode == 2
     assert "llama-server, ggml-rpc-server, llama-quantize not found" in done.stderr
     assert "Traceback" not in done.stderr
-    done = subprocess.run(
-        [*command, str(tmp_path), "--part", "lokal"], capture_output=True, text=True, timeout=100, check=False
-    )
+    done = splitwise_text(*command, "--part", "lokal")
     assert (done.returncode, "lokal" in done.stderr, "local, link, kill, draft" in done.stderr) == (2, True, True)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from forked import splitwise_text
 from splitwise_llm.policies import POLICIES
 
 SMALL = ("--model", "gpt2", "--edge", "pi5.json", "--cloud", "a100.json")
@@ -17,8 +18,7 @@ SEVEN = ("--model", "llama-2-7b", "--edge", "pi5", "--cloud", "a100", *LINK)
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "splitwise_llm", "plan", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    return splitwise_text("plan", *arguments, timeout=150)
 
 
 def test_the_best_plan_the_runner_up_every_baseline_and_the_flips_are_printed_and_written(tmp_path: Path) -> None:
@@ -83,6 +83,7 @@ def test_two_workers_with_a_mesh_are_planned_for(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["best"]["partition"] == "edge[0:1] cloud1[1:11] edge[11:12]"
 
 
+@pytest.mark.alone
 def test_a_search_that_is_cut_short_says_so_with_a_bound_and_meanwhile_what_it_does(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     ask = ("--model", "llama-2-7b", "--edge", "pi5", "--cloud", "pi5", "--budget", "1.5", "--json", str(file))
@@ -100,7 +101,8 @@ def test_a_search_that_is_cut_short_says_so_with_a_bound_and_meanwhile_what_it_d
 
 
 def test_a_floor_of_more_layers_than_there_are_leaves_everything_on_the_device() -> None:
-    done = plan(*SEVEN, "--floor", "40+40")
+    command = [sys.executable, "-m", "splitwise_llm", "plan", *SEVEN, "--floor", "40+40"]  # not as a fork: once
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr
     assert "covers all 32 layers" in done.stdout
     assert "best: all:edge" in done.stdout

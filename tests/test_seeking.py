@@ -47,6 +47,7 @@ def test_in_time_the_answer_is_the_solvers(tools: Tools, limits: Limits) -> None
     assert seeker.solve(world.conditions(), Latency()) is sought
 
 
+@pytest.mark.alone
 def test_out_of_time_the_answer_is_no_worse_than_the_best_cut_and_says_so() -> None:
     world, job = two("pi5", "llama-2-7b"), Job(128, 128)
     start = time.monotonic()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from forked import splitwise_text
 from splitwise_llm.bench.processes import worker
 from splitwise_llm.bench.rig import Host, Line
 from splitwise_llm.decision import Decision
@@ -36,6 +35,7 @@ from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.memory import MemoryLink, memory_pair
 from splitwise_llm.wire.shaper import LinkShape
 
+pytestmark = pytest.mark.usefixtures("forks")
 PROMPTS = [
     "It was a bright morning, and the Prince said to his old friend:",
     "She looked at the letter once more, and then",
@@ -219,8 +219,7 @@ def test_the_throughput_program_drives_three_machines_with_several_sequences_in_
             "--policy", "edgeshard-throughput", "--direct", "cloud+third", "--json", str(tmp_path / "out.json"),
             "--machine", f"cloud={cloud.address}", "--machine", f"third={third.address}", *playing,
         ]  # fmt: skip
-        command = [sys.executable, "-m", "splitwise_llm", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+        done = splitwise_text(*arguments, timeout=150)
     assert done.returncode == 0, done.stderr
     said = json.loads((tmp_path / "out.json").read_text())
     assert [tuple(answer["token_ids"]) for answer in said["answers"]] == texts

@@ -91,7 +91,9 @@ def test_peak_memory_is_what_was_assigned_plus_the_baseline(gigabyte: Path) -> N
         assert assigned <= whole
 
 
-@pytest.mark.parametrize(("weights", "bytes_per_weight"), [("int8", 1.0), ("int4", 0.625)])
+@pytest.mark.parametrize(
+    ("weights", "bytes_per_weight"), [pytest.param("int8", 1.0, marks=pytest.mark.long), ("int4", 0.625)]
+)
 def test_low_bit_weights_take_the_memory_they_promise(gigabyte: Path, weights: str, bytes_per_weight: float) -> None:
     options = ("--weights", weights, "--dtype", "bf16")
     measured, assigned = peak(gigabyte, ONE_GROUP, *options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from forked import splitwise_text
 from splitwise_llm.bench.processes import worker
 from splitwise_llm.cli.choice import asked_policy
 from splitwise_llm.cost import Floor, Limits, Load
@@ -384,10 +384,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "splitwise_llm", "generate", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return splitwise_text("generate", *arguments)
 
 
+@pytest.mark.usefixtures("forks")
 def test_a_policy_from_the_command_line_with_its_reasons_until_the_worker_is_killed(
     files: dict[str, str], tmp_path: Path
 ) -> None:

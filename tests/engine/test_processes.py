@@ -18,6 +18,7 @@ from splitwise_llm.model.checkpoint import locate
 from splitwise_llm.model.sampling import Sampling, sample
 from splitwise_llm.wire.codec import ElementLoss
 
+pytestmark = pytest.mark.usefixtures("forks")
 PROMPT = "It was a bright morning, and the Prince said to his old friend:"
 SAMPLING = Sampling(temperature=0.9, top_k=100, seed=11)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from engine.test_policies_live import FAST, SLOW, lab
+from forked import splitwise_text
 from splitwise_llm.bench.replaying import AS_DECIDED, LIVE, compare
 from splitwise_llm.cli.options import keep_records
 from splitwise_llm.cli.simulate import simulate
@@ -105,19 +104,14 @@ def test_a_log_keeps_changes_and_the_last_sample_before_a_silence() -> None:
 
 def test_the_command_line_keeps_records_and_plays_them_again(tmp_path: Path) -> None:
     kept, out = tmp_path / "live.jsonl", tmp_path / "again.jsonl"
-    splitwise = [sys.executable, "-m", "splitwise_llm"]
-
-    def ask(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*splitwise, *words], capture_output=True, text=True, timeout=100, check=False)
-
-    assert ask("generate", "Once upon", "-n", "2", "--records", str(kept), "-q").returncode == 0
+    assert splitwise_text("generate", "Once upon", "-n", "2", "--records", str(kept), "-q").returncode == 0
     assert [len(one.token_ids) for one in read_records(kept)] == [2]
     with pytest.raises(SpecError, match=r"1 machines \(edge\)"):
         simulate(out, from_records=[kept])
     assert not out.exists()
     live = [*read_records(kept), *sessions("drift", count=1)]
     kept.write_text("".join(json.dumps(one.to_dict(intervals=False)) + "\n" for one in live[1:]))
-    again = ask("simulate", "--from-records", str(kept), "--policy", "edge-only", "--out", str(out))
+    again = splitwise_text("simulate", "--from-records", str(kept), "--policy", "edge-only", "--out", str(out))
     assert again.returncode == 0, again.stderr
     assert "as decided" in again.stdout
     (line,) = (json.loads(text) for text in out.read_text().splitlines())

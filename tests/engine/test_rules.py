@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor
 from splitwise_llm import plan as plans
 from splitwise_llm.bench.in_process import in_process
 from splitwise_llm.decision import Decision, WirePrecision
+from splitwise_llm.engine.backoff import RecoveryRules
+from splitwise_llm.engine.failover import Failover
 from splitwise_llm.engine.machine import need_of
 from splitwise_llm.engine.post import Extent, Office, Post
 from splitwise_llm.errors import LinkDied, ProtocolError
@@ -126,3 +130,36 @@ def test_what_is_late_finds_no_box_and_what_is_early_waits_for_its_own(tiny: Cal
             await waiting
 
     asyncio.run(play())
+
+
+# Dies when engine/failover.py says `None and True` for `None and not self.down(fallback.partition)`.
+def test_without_patience_a_machine_that_is_just_coming_back_is_waited_for_and_the_event_loop_is_not_kept_busy(
+    tiny: Callable[[str], Path],
+) -> None:
+    """Its link was there, its session was not open yet: the fallback was the same partition, which was tried and failed
+    for ever, so that nobody heard that the session was open."""
+    spec = Checkpoint(tiny("llama")).architecture.spec
+    decision = Decision(Partition.parse("edge[0:2] cloud[2:4]", spec, NAMES), patience=0.0)
+    cloud = SimpleNamespace(is_up=False, link=object(), refusal=None, is_gone=False, wait=print, elsewhere=print)
+    fake: Any = SimpleNamespace(ids=[1], held=None, context=0, move_s=lambda *_: 1.0)
+
+    async def fallback(*_: object) -> Decision:
+        return decision
+
+    fake.fallback = fallback
+    placement: Any = SimpleNamespace(decision=decision, admitted=None)
+    peers: Any = {1: cloud}
+    failover = Failover(
+        NAMES, RecoveryRules(), fake, peers, fake, fake, fake, lambda *_: None, lambda: placement
+    )  # fmt: skip
+
+    async def play() -> None:
+        recovering = asyncio.create_task(failover.recover(LinkDied("it was reset")))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not recovering.done()
+        cloud.is_up = True
+        failover.asked(1, "back")
+        assert await recovering == decision
+
+    asyncio.run(asyncio.wait_for(play(), 5))

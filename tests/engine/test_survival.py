@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from forked import REAL
+from splitwise_llm.bench import processes
 from splitwise_llm.bench.breaking import Bench, Setup
 from splitwise_llm.bench.edge_killed import play_edge_killed
 from splitwise_llm.bench.figures import Figures
@@ -43,7 +45,7 @@ CHECKED = tuple(
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def bench(forks: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with Bench(Setup(), tmp_path_factory.mktemp("journals")) as bench:
         yield bench
 
@@ -58,7 +60,10 @@ def test_a_generation_gets_over_a_fault_with_the_same_text_and_its_record_says_w
     assert outcome.is_well, outcome
 
 
-def test_a_soak_under_random_faults_leaves_nothing_behind_and_every_text_is_right() -> None:
+def test_a_soak_under_random_faults_leaves_nothing_behind_and_every_text_is_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes, "_start", REAL)  # orphans are looked for among the children of this process
     figures = asyncio.run(run_soak(45.0, 3, lambda _: None)).figures
     assert figures["soak_sessions"] > 5
     assert figures["soak_faults"] > 5

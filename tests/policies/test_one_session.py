@@ -325,6 +325,7 @@ def test_plans_are_sought_once_for_a_class_of_requests_and_tables_are_kept() -> 
     assert shelf.made == 4, "nobody tried so slow a link"
 
 
+@pytest.mark.alone
 def test_a_decision_takes_about_a_millisecond_once_its_table_is_made() -> None:
     """Processor time of a 32-layer model on two machines; the bound is generous, the bench measures it."""
     spec = find_model("llama-2-7b")

@@ -37,15 +37,7 @@ def child(arguments: Sequence[str]) -> Iterator[Child]:
     The child ends with its standard input, so it cannot outlive this process however this one dies.
     Raises WorkerFailed, with what it printed, when it ends or stays silent instead.
     """
-    command = [sys.executable, "-m", "splitwise_llm", *arguments, "--until-stdin-closes"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # Ctrl-C is for this process; the child ends with its standard input
-    ) as process:
+    with _start([*arguments, "--until-stdin-closes"]) as process:
         try:
             yield Child(process, _address(process, arguments))
         finally:
@@ -55,6 +47,17 @@ def child(arguments: Sequence[str]) -> Iterator[Child]:
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def _start(arguments: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "splitwise_llm", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for this process; the child ends with its standard input
+    )
 
 
 def _address(process: subprocess.Popen[str], arguments: Sequence[str]) -> str:

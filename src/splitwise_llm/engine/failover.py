@@ -112,7 +112,9 @@ class Failover:
                 fallback = await self._fallback()
                 if fallback is not None:
                     self._set_patience(decision, fallback)
-            if fallback is not None and any(n in self.impatient or self.peers[n].is_gone for n in down):
+            # A machine whose link is back may be part of it, and can be asked for nothing until its session is open.
+            is_usable = fallback is not None and not self.down(fallback.partition)
+            if fallback and is_usable and any(n in self.impatient or self.peers[n].is_gone for n in down):
                 where = fallback.partition.text(self.names)
                 for number in down:
                     self.peers[number].elsewhere(f"as {where}")
