@@ -9,6 +9,7 @@
 Few rows (decode) wait for the weights to be read once, many (prefill) for the arithmetic. What oneDNN has packed
 serves both. torch's own low-bit kernels serve few rows only, so for many some blocks of the weight are up-cast at
 a time and multiplied. No second copy is kept: a block is dropped before the next is made.
+What OpenVINO computes instead, where a machine is told so, is `OpenVinoInt8` and `OpenVinoInt4`.
 Where two ways cross is a constant and not a timing, so that equal shapes always give equal bits.
 """
 
@@ -24,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitwise_llm.errors import ModelError
+from splitwise_llm.model import openvino
 from splitwise_llm.model.packed import Packed, exact_int8_product, pack, pack_int8
-from splitwise_llm.spec import INT4_GROUP, Weights
+from splitwise_llm.spec import INT4_GROUP, Kernels, Weights
 
 INT8_FEW_ROWS = 20
 INT4_FEW_ROWS = 80
@@ -57,18 +59,19 @@ class Linear(ABC):
     @property
     def num_bytes(self) -> int:
         """Memory it keeps resident."""
-        return sum(held.nbytes for held in vars(self).values() if isinstance(held, Tensor | Packed))
+        return sum(held.nbytes for held in vars(self).values() if isinstance(held, Tensor | Packed | openvino.Kept))
 
 
-def linear_of(weight: Tensor, form: Weights, dtype: torch.dtype) -> Linear:
+def linear_of(weight: Tensor, form: Weights, dtype: torch.dtype, kernels: Kernels = Kernels.TORCH) -> Linear:
     """A layer with its own copy of weight (out, in), which may be of any float dtype and strides."""
+    by_openvino = kernels is Kernels.OPENVINO
     match form:
         case Weights.FULL:
             return Full(weight, dtype)
         case Weights.INT8:
-            return Int8(weight)
+            return OpenVinoInt8(weight) if by_openvino else Int8(weight)
         case Weights.INT4:
-            return Int4(weight)
+            return OpenVinoInt4(weight) if by_openvino else Int4(weight)
 
 
 @final
@@ -113,14 +116,7 @@ class Int8(Linear):
     def __init__(self, weight: Tensor, offset: Tensor | None = None, multiplied: bool = True) -> None:
         """`offset` (in_features,) is first subtracted from every row; `multiplied` as above."""
         self.out_features, self.in_features = weight.shape
-        columns = _up(self.in_features, COLUMN_STEP)
-        values = weight.new_zeros(self.out_features, columns, dtype=torch.int8)
-        self._scale = weight.new_empty(self.out_features, dtype=torch.bfloat16)
-        for some in _runs(self.out_features, columns * 4):
-            rows = weight[some].float() if offset is None else weight[some].float() - offset
-            scale = _finite(rows.abs().amax(1) / 127).bfloat16()
-            scaled = (rows / scale.float().clamp(min=TINY).unsqueeze(1)).round_().clamp_(-127, 127)
-            self._scale[some], values[some, : self.in_features] = scale, scaled
+        values, self._scale = quantise_int8(weight, offset)
         self._packed = pack_int8(values[:, : self.in_features]) if multiplied else None
         self._plain: Tensor | None = None
         if self._packed is None:
@@ -147,6 +143,64 @@ class Int8(Linear):
 
     def dequantised(self) -> Tensor:
         return self.lookup(torch.arange(self.out_features))
+
+
+def quantise_int8(weight: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out, in), less an offset (in,), to int8 values with zeros up to a multiple of 32 columns, and bf16 scales."""
+    columns = _up(weight.shape[1], COLUMN_STEP)
+    values = weight.new_zeros(len(weight), columns, dtype=torch.int8)
+    scales = weight.new_empty(len(weight), dtype=torch.bfloat16)
+    for some in _runs(len(weight), columns * 4):
+        rows = weight[some].float() if offset is None else weight[some].float() - offset
+        scale = _finite(rows.abs().amax(1) / 127).bfloat16()
+        scaled = (rows / scale.float().clamp(min=TINY).unsqueeze(1)).round_().clamp_(-127, 127)
+        scales[some], values[some, : weight.shape[1]] = scale, scaled
+    return values, scales
+
+
+@final
+class OpenVinoInt8(Linear):
+    """The weight of `Int8`; activations are rounded to 8 bits, in groups of up to 128."""
+
+    def __init__(self, weight: Tensor, offset: Tensor | None = None) -> None:
+        """`offset` as above."""
+        self.out_features, self.in_features = weight.shape
+        values, scale = quantise_int8(weight, offset)
+        self._values, self._scale = openvino.Kept(values), scale.float()
+        self._product = openvino.int8_product(self._values, self._scale)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(F.pad(x, (0, -x.shape[1] % COLUMN_STEP)))
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        return self._values.tensor[ids, : self.in_features] * self._scale[ids, None]
+
+    def dequantised(self) -> Tensor:
+        return self.lookup(torch.arange(self.out_features))
+
+
+@final
+class OpenVinoInt4(Linear):
+    """weight = value * scale of its group of 32; activations are rounded to 8 bits, in the same groups."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.out_features, self.in_features = weight.shape
+        columns = _up(self.in_features, INT4_GROUP)
+        packed = torch.empty(self.out_features, columns // 2, dtype=torch.int8)
+        scale = torch.empty(self.out_features, columns // INT4_GROUP)
+        for some in _runs(self.out_features, columns * 4):
+            rows = F.pad(weight[some].float(), (0, columns - self.in_features))
+            values, scale[some] = openvino.quantise_int4_without_zero(rows)
+            packed[some] = openvino.pack_int4(values)
+        self._packed, self._scale = openvino.Kept(packed), openvino.Kept(_finite(scale))
+        self._product = openvino.int4_product(self._packed, self._scale)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(F.pad(x, (0, -x.shape[1] % INT4_GROUP)))
+
+    def dequantised(self) -> Tensor:
+        values = openvino.unpack_int4(self._packed.tensor).view(self.out_features, -1, INT4_GROUP)
+        return (values * self._scale.tensor.unsqueeze(2)).flatten(1)[:, : self.in_features]
 
 
 @final
@@ -264,7 +318,7 @@ class Table:
     tells them apart.
     """
 
-    def __init__(self, rows: Full | Int8, mean: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, rows: Full | Int8 | OpenVinoInt8, mean: Tensor | None, dtype: torch.dtype) -> None:
         self._rows, self._mean, self._dtype = rows, mean, dtype
 
     def lookup(self, ids: Tensor) -> Tensor:
@@ -285,14 +339,17 @@ class Table:
         return self._rows.num_bytes + (0 if self._mean is None else self._mean.nbytes)
 
 
-def table_of(weight: Tensor, form: Weights, dtype: torch.dtype, multiplied: bool = True) -> Table:
+def table_of(
+    weight: Tensor, form: Weights, dtype: torch.dtype, multiplied: bool = True, kernels: Kernels = Kernels.TORCH
+) -> Table:
     """A table with its own copy of weight (vocabulary, d_model); int8 also where the layers are int4. Without
     `multiplied` it is only looked up in."""
     if form is Weights.FULL:
         return Table(Full(weight, dtype, multiplied), None, dtype)
     sums = [weight[some].float().sum(0) for some in _runs(len(weight), weight.shape[1] * 4)]
     mean = torch.stack(sums).sum(0) / len(weight)
-    return Table(Int8(weight, mean, multiplied), mean, dtype)
+    by_openvino = multiplied and kernels is Kernels.OPENVINO
+    return Table(OpenVinoInt8(weight, mean) if by_openvino else Int8(weight, mean, multiplied), mean, dtype)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -20,6 +20,13 @@ class Dtype(StrEnum):
         return 4 if self is Dtype.FP32 else 2
 
 
+class Kernels(StrEnum):
+    """Whose products multiply by low-bit weights: torch's, or those of OpenVINO, which is installed on wish."""
+
+    TORCH = "torch"
+    OPENVINO = "openvino"
+
+
 class Weights(StrEnum):
     """How the weights of linear layers stay in memory: as computed in, or weight-only quantised."""
 
