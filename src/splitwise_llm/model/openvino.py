@@ -120,7 +120,7 @@ class Product:
             self._request.infer()
             return self._y.to(x.dtype, copy=True)
         y = torch.empty(len(x), self._y.shape[1])
-        for some, into in zip(x.float().contiguous().split(ROWS), y.split(ROWS), strict=True):
+        for some, into in zip(torch.split(x.float().contiguous(), ROWS), torch.split(y, ROWS), strict=True):
             self._bind(some, into)
             self._request.infer()
         self._bind(self._x, self._y)
