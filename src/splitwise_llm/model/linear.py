@@ -9,7 +9,6 @@
 Few rows (decode) wait for the weights to be read once, many (prefill) for the arithmetic. What oneDNN has packed
 serves both. torch's own low-bit kernels serve few rows only, so for many some blocks of the weight are up-cast at
 a time and multiplied. No second copy is kept: a block is dropped before the next is made.
-What OpenVINO computes instead, where a machine is told so, is `OpenVinoInt8` and `OpenVinoInt4`.
 Where two ways cross is a constant and not a timing, so that equal shapes always give equal bits.
 """
 
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitwise_llm.errors import ModelError
-from splitwise_llm.model import openvino
+from splitwise_llm.model import compiled
 from splitwise_llm.model.packed import Packed, exact_int8_product, pack, pack_int8
 from splitwise_llm.spec import INT4_GROUP, Kernels, Weights
 
@@ -59,19 +58,18 @@ class Linear(ABC):
     @property
     def num_bytes(self) -> int:
         """Memory it keeps resident."""
-        return sum(held.nbytes for held in vars(self).values() if isinstance(held, Tensor | Packed | openvino.Kept))
+        return sum(held.nbytes for held in vars(self).values() if isinstance(held, Tensor | Packed))
 
 
 def linear_of(weight: Tensor, form: Weights, dtype: torch.dtype, kernels: Kernels = Kernels.TORCH) -> Linear:
     """A layer with its own copy of weight (out, in), which may be of any float dtype and strides."""
-    by_openvino = kernels is Kernels.OPENVINO
     match form:
         case Weights.FULL:
             return Full(weight, dtype)
         case Weights.INT8:
-            return OpenVinoInt8(weight) if by_openvino else Int8(weight)
+            return Int8(weight, kernels=kernels)
         case Weights.INT4:
-            return OpenVinoInt4(weight) if by_openvino else Int4(weight)
+            return Int4(weight, kernels)
 
 
 @final
@@ -113,18 +111,33 @@ class Full(Linear):
 class Int8(Linear):
     """weight = value * scale of its output (a bf16 number). Plain columns are padded with zeros to a multiple of 32."""
 
-    def __init__(self, weight: Tensor, offset: Tensor | None = None, multiplied: bool = True) -> None:
-        """`offset` (in_features,) is first subtracted from every row; `multiplied` as above."""
+    def __init__(
+        self, weight: Tensor, offset: Tensor | None = None, multiplied: bool = True, kernels: Kernels = Kernels.TORCH
+    ) -> None:
+        """`offset` (in_features,) is first subtracted from every row; `multiplied` as above. Our own kernels serve
+        what is packed."""
         self.out_features, self.in_features = weight.shape
-        values, self._scale = quantise_int8(weight, offset)
+        columns = _up(self.in_features, COLUMN_STEP)
+        values = weight.new_zeros(self.out_features, columns, dtype=torch.int8)
+        self._scale = weight.new_empty(self.out_features, dtype=torch.bfloat16)
+        for some in _runs(self.out_features, columns * 4):
+            rows = weight[some].float() if offset is None else weight[some].float() - offset
+            scale = _finite(rows.abs().amax(1) / 127).bfloat16()
+            scaled = (rows / scale.float().clamp(min=TINY).unsqueeze(1)).round_().clamp_(-127, 127)
+            self._scale[some], values[some, : self.in_features] = scale, scaled
         self._packed = pack_int8(values[:, : self.in_features]) if multiplied else None
         self._plain: Tensor | None = None
         if self._packed is None:
             self._plain = values
         else:
             self._scale = self._scale.float()  # as the product wants it
+        self._own: compiled.Int8Product | None = None
+        if self._packed is not None and kernels is Kernels.COMPILED:
+            self._own = compiled.Int8Product(self._packed, self._scale)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._own is not None:
+            return self._own(x)
         if self._packed is not None:
             return exact_int8_product(x, self._packed, self._scale)
         plain = cast(Tensor, self._plain)
@@ -145,64 +158,6 @@ class Int8(Linear):
         return self.lookup(torch.arange(self.out_features))
 
 
-def quantise_int8(weight: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(out, in), less an offset (in,), to int8 values with zeros up to a multiple of 32 columns, and bf16 scales."""
-    columns = _up(weight.shape[1], COLUMN_STEP)
-    values = weight.new_zeros(len(weight), columns, dtype=torch.int8)
-    scales = weight.new_empty(len(weight), dtype=torch.bfloat16)
-    for some in _runs(len(weight), columns * 4):
-        rows = weight[some].float() if offset is None else weight[some].float() - offset
-        scale = _finite(rows.abs().amax(1) / 127).bfloat16()
-        scaled = (rows / scale.float().clamp(min=TINY).unsqueeze(1)).round_().clamp_(-127, 127)
-        scales[some], values[some, : weight.shape[1]] = scale, scaled
-    return values, scales
-
-
-@final
-class OpenVinoInt8(Linear):
-    """The weight of `Int8`; activations are rounded to 8 bits, in groups of up to 128."""
-
-    def __init__(self, weight: Tensor, offset: Tensor | None = None) -> None:
-        """`offset` as above."""
-        self.out_features, self.in_features = weight.shape
-        values, scale = quantise_int8(weight, offset)
-        self._values, self._scale = openvino.Kept(values), scale.float()
-        self._product = openvino.int8_product(self._values, self._scale)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._product(F.pad(x, (0, -x.shape[1] % COLUMN_STEP)))
-
-    def lookup(self, ids: Tensor) -> Tensor:
-        return self._values.tensor[ids, : self.in_features] * self._scale[ids, None]
-
-    def dequantised(self) -> Tensor:
-        return self.lookup(torch.arange(self.out_features))
-
-
-@final
-class OpenVinoInt4(Linear):
-    """weight = value * scale of its group of 32; activations are rounded to 8 bits, in the same groups."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.out_features, self.in_features = weight.shape
-        columns = _up(self.in_features, INT4_GROUP)
-        packed = torch.empty(self.out_features, columns // 2, dtype=torch.int8)
-        scale = torch.empty(self.out_features, columns // INT4_GROUP)
-        for some in _runs(self.out_features, columns * 4):
-            rows = F.pad(weight[some].float(), (0, columns - self.in_features))
-            values, scale[some] = openvino.quantise_int4_without_zero(rows)
-            packed[some] = openvino.pack_int4(values)
-        self._packed, self._scale = openvino.Kept(packed), openvino.Kept(_finite(scale))
-        self._product = openvino.int4_product(self._packed, self._scale)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._product(F.pad(x, (0, -x.shape[1] % INT4_GROUP)))
-
-    def dequantised(self) -> Tensor:
-        values = openvino.unpack_int4(self._packed.tensor).view(self.out_features, -1, INT4_GROUP)
-        return (values * self._scale.tensor.unsqueeze(2)).flatten(1)[:, : self.in_features]
-
-
 @final
 class Int4(Linear):
     """weight = (value - 8) * scale + zero of its group; value 0 is the group's least weight, 15 its largest.
@@ -212,7 +167,9 @@ class Int4(Linear):
     against the best scale without it.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, kernels: Kernels = Kernels.TORCH) -> None:
+        layout = int4_layout() if kernels is Kernels.COMPILED else None
+        self._own = compiled.kernels() if layout == Int4Layout(OUTPUT_STEP, None) else None
         self.out_features, self.in_features = weight.shape
         outputs, columns = _up(self.out_features, OUTPUT_STEP), _up(self.in_features, INT4_GROUP)
         self._packed = weight.new_empty(outputs, columns // 2, dtype=torch.uint8)
@@ -224,6 +181,9 @@ class Int4(Linear):
             self._packed[some] = _pack(values)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._own is not None:
+            rounded = self._own.rounded(x, self._packed.shape[1] * 2)
+            return self._own.int4(rounded, self._packed, self._scale_zero)[:, : self.out_features].to(x.dtype)
         padded, layout = _padded(x, self.in_features, self._packed.shape[1] * 2), int4_layout()
         if layout is None or (x.device.type == "cpu" and len(x) <= INT4_FEW_ROWS):
             kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -318,7 +278,7 @@ class Table:
     tells them apart.
     """
 
-    def __init__(self, rows: Full | Int8 | OpenVinoInt8, mean: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, rows: Full | Int8, mean: Tensor | None, dtype: torch.dtype) -> None:
         self._rows, self._mean, self._dtype = rows, mean, dtype
 
     def lookup(self, ids: Tensor) -> Tensor:
@@ -348,8 +308,7 @@ def table_of(
         return Table(Full(weight, dtype, multiplied), None, dtype)
     sums = [weight[some].float().sum(0) for some in _runs(len(weight), weight.shape[1] * 4)]
     mean = torch.stack(sums).sum(0) / len(weight)
-    by_openvino = multiplied and kernels is Kernels.OPENVINO
-    return Table(OpenVinoInt8(weight, mean) if by_openvino else Int8(weight, mean, multiplied), mean, dtype)
+    return Table(Int8(weight, mean, multiplied, kernels), mean, dtype)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from splitwise_llm.model.checkpoint import Checkpoint
+from splitwise_llm.model.compiled import check_compiled
 from splitwise_llm.model.families import Norm, Stored
 from splitwise_llm.model.linear import Linear, Table, linear_of, table_of
-from splitwise_llm.model.openvino import check_openvino
 from splitwise_llm.spec import Dtype, Kernels, Weights
 
 TORCH_DTYPE = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16}
@@ -98,8 +98,8 @@ class Resident:
         kernels: Kernels = Kernels.TORCH,
     ) -> None:  # fmt: skip
         """Raises RequestError for kernels that are not installed or do not serve this device and these weights."""
-        if kernels is Kernels.OPENVINO:
-            check_openvino(weights, device)
+        if kernels is Kernels.COMPILED:
+            check_compiled(weights, device)
         self.checkpoint, self.dtype, self.weights, self.device = checkpoint, dtype, weights, device
         self.kernels = kernels
         self.architecture = checkpoint.architecture

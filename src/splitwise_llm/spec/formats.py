@@ -21,10 +21,10 @@ class Dtype(StrEnum):
 
 
 class Kernels(StrEnum):
-    """Whose products multiply by low-bit weights: torch's, or those of OpenVINO, which is installed on wish."""
+    """Whose products multiply low-bit weights with a few rows: torch's, or our own, which a C compiler makes."""
 
     TORCH = "torch"
-    OPENVINO = "openvino"
+    COMPILED = "compiled"
 
 
 class Weights(StrEnum):
