@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from splitwise_llm.errors import RequestError
+from splitwise_llm.errors import BrokenInvariant, RequestError
 from splitwise_llm.model.packed import DEEP, INT8_ROWS, OUTPUTS, Packed, product_of_halves
 from splitwise_llm.spec import Weights
 
@@ -67,10 +67,12 @@ class Kernels:
         self._library = library
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
-    def rounded(self, x: Tensor, padded: int) -> Rows:
-        """x (rows, columns) of any float dtype."""
+    def rounded(self, x: Tensor, columns: int, padded: int) -> Rows:
+        """x (rows, columns) of any float dtype; `padded` is a multiple of 32."""
         wide = x.float().contiguous()
-        rows, columns = wide.shape
+        rows = len(wide)
+        if wide.shape[1] != columns:
+            raise BrokenInvariant(f"a product of {columns} columns was given rows of {wide.shape[1]}")
         made = Rows(
             torch.empty(2, rows, padded, dtype=torch.uint8),
             torch.empty(rows),
@@ -133,7 +135,7 @@ class Int8Product:
     def __call__(self, x: Tensor) -> Tensor:
         if len(x) > INT8_ROWS:
             return torch.cat([self(some) for some in torch.split(x, INT8_ROWS)])
-        rounded = self._kernels.rounded(x, self._columns)
+        rounded = self._kernels.rounded(x, self._weight.in_features, self._columns)
         if len(x) <= OWN_INT8_ROWS:
             y = self._kernels.int8(rounded, self._weight, self._padded_scale, self._sums)
         else:

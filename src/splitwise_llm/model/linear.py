@@ -182,7 +182,7 @@ class Int4(Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._own is not None:
-            rounded = self._own.rounded(x, self._packed.shape[1] * 2)
+            rounded = self._own.rounded(x, self.in_features, self._packed.shape[1] * 2)
             return self._own.int4(rounded, self._packed, self._scale_zero)[:, : self.out_features].to(x.dtype)
         padded, layout = _padded(x, self.in_features, self._packed.shape[1] * 2), int4_layout()
         if layout is None or (x.device.type == "cpu" and len(x) <= INT4_FEW_ROWS):
