@@ -76,7 +76,8 @@ def hugging_face_tpot_s(model: Any, tokens: int) -> float:
 
 async def run_overhead(rounds: int, tokens: int, tell: Tell) -> Figures:
     """`split_over_unsplit`, `unsplit_over_hf` and `gpt2_unsplit_over_hf`; `int8_over_bf16` and `int4_over_bf16`
-    (ms/token; with `_compiled`, by our own kernels), `bandwidth_share_FORM`, and `bandwidth_share`, the smaller of bf16's and int8's. One thread per process.
+    (ms/token), `bandwidth_share_FORM`, and `bandwidth_share`, the smaller of bf16's and int8's. FORM_compiled is by our
+    own kernels, FORM_compiled_over_torch in ms/token. One thread per process.
     """
     result = Figures("overhead", {"rounds": rounds, "tokens": tokens, "threads_per_process": 1})
     torch.set_num_threads(1)
@@ -99,11 +100,11 @@ async def _forms(result: Figures, place: Path, rounds: int, tokens: int, tell: T
         read_bytes: dict[str, float] = {}
         for form, (dtype, weights, kernels) in FORMS.items():
             try:
-                options = {"dtype": dtype, "weights": weights, "kernels": kernels}
-                edge = stack.enter_context(edge_with(str(directory), {}, **options))
+                machine = edge_with(str(directory), {}, dtype=dtype, weights=weights, kernels=kernels)
             except RequestError as error:  # a processor or a system without compiled kernels
                 tell(f"{form} is left out: {error}")
                 continue
+            edge = stack.enter_context(machine)
             runs[form] = partial(tpot_s, edge, "all:edge", tokens)
             read_bytes[form] = bytes_per_token(edge)
         runs["read"] = partial(plain_read_s, torch.ones(READ_BYTES // 4))

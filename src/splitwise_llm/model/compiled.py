@@ -30,7 +30,7 @@ from splitwise_llm.model.packed import DEEP, INT8_ROWS, OUTPUTS, Packed, product
 from splitwise_llm.spec import Weights
 
 FLAGS = ("-O3", "-shared", "-fPIC", "-ffp-contract=off")  # no step may be fused for one number of rows only
-OWN_INT8_ROWS = 8
+OWN_INT8_ROWS = 16
 """More are multiplied by oneDNN, with the same bits."""
 COMPILE_S = 120.0
 CALL = "--kernels compiled"
@@ -53,7 +53,7 @@ class Rows(NamedTuple):
     """Rows of activations, rounded to 16 bits; columns padded with zeros."""
 
     halves: Tensor
-    """Low and high bytes, each the half of a number plus 128: uint8 (2, rows, padded)."""
+    """Low and high bytes, each the half of a number plus 128, or `is_signed` and without: uint8 (2, rows, padded)."""
     per_unit: Tensor
     """By what a row was multiplied, fp32 (rows,)."""
     sums: Tensor
@@ -67,7 +67,7 @@ class Kernels:
         self._library = library
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
-    def rounded(self, x: Tensor, columns: int, padded: int) -> Rows:
+    def rounded(self, x: Tensor, columns: int, padded: int, is_signed: bool = False) -> Rows:
         """x (rows, columns) of any float dtype; `padded` is a multiple of 32."""
         wide = x.float().contiguous()
         rows = len(wide)
@@ -78,8 +78,8 @@ class Kernels:
             torch.empty(rows),
             torch.empty(rows, padded // 32),
         )
-        low, high = made.halves[0], made.halves[1]
-        self._library.halves_of(_at(wide), rows, columns, padded, *map(_at, (low, high, made.per_unit, made.sums)))
+        into = map(_at, (*made.halves, made.per_unit, made.sums))
+        self._library.halves_of(_at(wide), rows, columns, padded, *into, is_signed)
         return made
 
     def int8_sums(self, weight: Packed) -> Tensor:
@@ -96,7 +96,7 @@ class Kernels:
         )[:, : weight.out_features]
 
     def int4(self, x: Rows, packed: Tensor, scale_zero: Tensor) -> Tensor:
-        """The same for torch's int4 weights in blocks of 64 outputs, fp32 (rows, outputs)."""
+        """The same for signed halves and torch's int4 weights in blocks of 64 outputs, fp32 (rows, outputs)."""
         return self._product(
             self._library.int4_product, (*x.halves, x.sums, x.per_unit, packed, scale_zero), x, len(packed)
         )
@@ -151,7 +151,7 @@ def kernels() -> Kernels:
     if not library.can_multiply():
         raise RequestError(f"{CALL} needs a processor with AVX-512 VNNI and VBMI: leave it out")
     pointer, count = ctypes.c_void_p, ctypes.c_long
-    library.halves_of.argtypes = [pointer, count, count, count, pointer, pointer, pointer, pointer]
+    library.halves_of.argtypes = [pointer, count, count, count, pointer, pointer, pointer, pointer, ctypes.c_int]
     library.int8_sums.argtypes = [pointer, count, count, pointer]
     for product in (library.int8_product, library.int4_product):
         product.argtypes = [*[pointer] * 7, *[count] * 5]

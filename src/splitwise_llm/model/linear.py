@@ -9,6 +9,7 @@
 Few rows (decode) wait for the weights to be read once, many (prefill) for the arithmetic. What oneDNN has packed
 serves both. torch's own low-bit kernels serve few rows only, so for many some blocks of the weight are up-cast at
 a time and multiplied. No second copy is kept: a block is dropped before the next is made.
+Kernels of our own (`compiled.py`), where a machine asks for them, multiply int4 by all rows and packed int8 by few.
 Where two ways cross is a constant and not a timing, so that equal shapes always give equal bits.
 """
 
@@ -182,7 +183,7 @@ class Int4(Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._own is not None:
-            rounded = self._own.rounded(x, self.in_features, self._packed.shape[1] * 2)
+            rounded = self._own.rounded(x, self.in_features, self._packed.shape[1] * 2, is_signed=True)
             return self._own.int4(rounded, self._packed, self._scale_zero)[:, : self.out_features].to(x.dtype)
         padded, layout = _padded(x, self.in_features, self._packed.shape[1] * 2), int4_layout()
         if layout is None or (x.device.type == "cpu" and len(x) <= INT4_FEW_ROWS):

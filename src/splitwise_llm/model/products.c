@@ -1,6 +1,6 @@
 /* Products of low-bit weights with a few rows, for processors with AVX-512 VNNI and VBMI; see compiled.py.
  *
- * A row of activations becomes 16 bits a number, in two bytes of which each is the half less 128; products of bytes
+ * A row of activations becomes 16 bits a number, in two bytes of which each is a half of the number, plus 128 where it must not be negative; products of bytes
  * are summed exactly, and all that is rounded is rounded row by row: a row has the same bits whatever rows are beside
  * it. Weights lie as torch and oneDNN have packed them, in blocks of 64 outputs. */
 
@@ -24,10 +24,12 @@ INLINE __mmask16 within(long at, long count)
 }
 
 /* x (rows, columns) to low and high bytes (rows, padded) each, per_unit (rows), and the sums of 32 numbers each,
- * sums (rows, padded / 32). `padded` is a multiple of 32; numbers there are zeros. */
+ * sums (rows, padded / 32). `padded` is a multiple of 32; numbers there are zeros. Where `is_signed`, a byte is the half
+ * itself. */
 FAST void halves_of(const float *x, long rows, long columns, long padded, uint8_t *low, uint8_t *high,
-                    float *per_unit, float *sums)
+                    float *per_unit, float *sums, int is_signed)
 {
+    const __m512i flip = _mm512_set1_epi32(is_signed ? 0x8080 : 0);
     const __m512 shift = _mm512_set1_ps(8388608.0f + 128 * 257);
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     for (long row = 0; row < rows; row++, x += columns) {
@@ -45,9 +47,10 @@ FAST void halves_of(const float *x, long rows, long columns, long padded, uint8_
                 __mmask16 mask = within(next, columns);
                 __m512 wide = _mm512_maskz_loadu_ps(mask, x + next);
                 __m512i shifted = _mm512_castps_si512(_mm512_mask3_fmadd_ps(wide, unit, shift, mask));
+                sum = _mm512_add_epi32(sum, _mm512_and_si512(shifted, _mm512_set1_epi32(0xffff)));
+                shifted = _mm512_xor_si512(shifted, flip);
                 _mm_storeu_si128((void *)low, _mm512_cvtepi32_epi8(shifted)), low += 16;
                 _mm_storeu_si128((void *)high, _mm512_cvtepi32_epi8(_mm512_srli_epi32(shifted, 8))), high += 16;
-                sum = _mm512_add_epi32(sum, _mm512_and_si512(shifted, _mm512_set1_epi32(0xffff)));
             }
             *sums++ = (float)(_mm512_reduce_add_epi32(sum) - 32 * 128 * 257);
         }
@@ -121,7 +124,7 @@ INLINE void int4_block(const uint8_t *low, const uint8_t *high, const float *sum
                        const uint8_t *weights, const uint16_t *scale_zero, float *y, long columns, long outputs,
                        const __m512i front, const __m512i back, const int rows)
 {
-    const __m512i nibble = _mm512_set1_epi8(15), signs = _mm512_set1_epi8((char)128);
+    const __m512i nibble = _mm512_set1_epi8(15);
     __m512 total[2][4];
     for (int row = 0; row < rows; row++)
         for (int part = 0; part < 4; part++)
@@ -142,23 +145,22 @@ INLINE void int4_block(const uint8_t *low, const uint8_t *high, const float *sum
                 _mm512_and_si512(_mm512_srli_epi16(a, 4), nibble), _mm512_and_si512(_mm512_srli_epi16(b, 4), nibble),
             };
             for (int row = 0; row < rows; row++) {
-                __m512i down = _mm512_xor_si512(four_of(low + row * columns + at), signs);
-                __m512i up = _mm512_xor_si512(four_of(high + row * columns + at), signs);
+                __m512i down = four_of(low + row * columns + at), up = four_of(high + row * columns + at);
                 for (int part = 0; part < 4; part++) {
                     lows[row][part] = _mm512_dpbusd_epi32(lows[row][part], four[part], down);
                     highs[row][part] = _mm512_dpbusd_epi32(highs[row][part], four[part], up);
                 }
             }
         }
-        for (int row = 0; row < rows; row++) {
-            __m512 sum = _mm512_set1_ps(sums[row * (columns / 32) + group / 32]);
-            for (int part = 0; part < 4; part++) {
-                __m512i both = _mm512_loadu_si512(scale_zero + 32 * part); /* bf16: the upper half of a float */
-                __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-                __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+        for (int part = 0; part < 4; part++) {
+            __m512i both = _mm512_loadu_si512(scale_zero + 32 * part); /* bf16: the upper half of a float */
+            __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+            __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+            zero = _mm512_fnmadd_ps(_mm512_set1_ps(8), scale, zero); /* what a value of 0 stands for */
+            for (int row = 0; row < rows; row++) {
+                __m512 sum = _mm512_set1_ps(sums[row * (columns / 32) + group / 32]);
                 __m512i exact = _mm512_add_epi32(_mm512_slli_epi32(highs[row][part], 8), lows[row][part]);
-                __m512 less = _mm512_fnmadd_ps(_mm512_set1_ps(8), sum, _mm512_cvtepi32_ps(exact));
-                total[row][part] = _mm512_fmadd_ps(scale, less, total[row][part]);
+                total[row][part] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(exact), total[row][part]);
                 total[row][part] = _mm512_fmadd_ps(zero, sum, total[row][part]);
             }
         }
