@@ -169,6 +169,17 @@ def test_a_compiler_that_fails_is_named(
 
 
 @served
+def test_a_damaged_library_is_named(unmade: Path) -> None:
+    compiled.kernels()
+    (library,) = unmade.rglob("*.so")
+    compiled.kernels.cache_clear()
+    library.unlink()  # a new file, for the old one is still mapped
+    library.write_bytes(b"rubbish")
+    with pytest.raises(RequestError, match="delete it"):
+        compiled.kernels()
+
+
+@served
 def test_they_are_made_once(unmade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled.kernels()
     assert len(list(unmade.rglob("*"))) == 2, "the folder and the library"

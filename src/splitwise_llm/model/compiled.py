@@ -147,7 +147,11 @@ class Int8Product:
 @cache
 def kernels() -> Kernels:
     """Made first where they are not in the cache. Raises RequestError."""
-    library = ctypes.CDLL(str(_made()))
+    made = _made()
+    try:
+        library = ctypes.CDLL(str(made))
+    except OSError as error:
+        raise RequestError(f"{CALL}: {made} cannot be loaded ({error}); delete it, {LEAVE_OUT}") from error
     if not library.can_multiply():
         raise RequestError(f"{CALL} needs a processor with AVX-512 VNNI and VBMI: leave it out")
     pointer, count = ctypes.c_void_p, ctypes.c_long
@@ -164,7 +168,7 @@ def _made() -> Path:
     source = resources.files("splitwise_llm.model") / "products.c"
     code = source.read_bytes()
     name = hashlib.sha256(code + " ".join(FLAGS).encode()).hexdigest()[:16]
-    cached = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "splitwise-llm"
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "splitwise-llm"
     library = cached / f"products-{name}.so"
     if library.exists():
         return library
