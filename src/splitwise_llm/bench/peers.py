@@ -158,7 +158,7 @@ async def run_peers(options: PeersOptions, tell: Tell) -> Figures:
     layers = QUICK_LAYERS if options.quick else TINYLLAMA["num_hidden_layers"]
     settings: dict[str, object] = {
         "layers": layers, "rounds": options.rounds, "tokens": options.tokens, "prompt": PROMPT_TOKENS, "rate": RATE,
-        "threads_per_process": options.threads,
+        "threads_per_process": options.threads, "kernels": str(options.kernels),
     }  # fmt: skip
     result = Figures("peers", settings)
     if options.folder:

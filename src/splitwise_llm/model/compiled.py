@@ -184,7 +184,7 @@ def _made() -> Path:
             made.replace(library)  # at once: another process may do the same
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().splitlines()
-        raise RequestError(f"{CALL}: {compiler} failed: {said[0] if said else error}; {LEAVE_OUT}") from error
+        raise RequestError(f"{CALL}: {compiler} failed: {said[0] if said else f"status {error.returncode}"}, {LEAVE_OUT}") from error
     except (OSError, subprocess.SubprocessError) as error:
         raise RequestError(f"{CALL}: the kernels cannot be made in {cached} ({error}); {LEAVE_OUT}") from error
     return library
