@@ -183,8 +183,8 @@ def _made() -> Path:
             subprocess.run(command, input=code, check=True, capture_output=True, timeout=COMPILE_S)
             made.replace(library)  # at once: another process may do the same
     except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip().splitlines()
-        raise RequestError(f"{CALL}: {compiler} failed: {said[0] if said else f"status {error.returncode}"}, {LEAVE_OUT}") from error
+        said = (error.stderr.decode(errors="replace").strip() or f"status {error.returncode}").splitlines()[0]
+        raise RequestError(f"{CALL}: {compiler} failed: {said}; {LEAVE_OUT}") from error
     except (OSError, subprocess.SubprocessError) as error:
         raise RequestError(f"{CALL}: the kernels cannot be made in {cached} ({error}); {LEAVE_OUT}") from error
     return library
