@@ -12,7 +12,7 @@ from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.walk import Choose
 from splitwise_llm.engine.worker import Worker
 from splitwise_llm.model.checkpoint import Checkpoint
-from splitwise_llm.spec import Dtype, Weights
+from splitwise_llm.spec import Dtype, Kernels, Weights
 from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.memory import memory_pair
 
@@ -25,12 +25,13 @@ async def in_process(
     weights: Weights = Weights.FULL,
     choose: Choose | None = None,
     direct: Iterable[tuple[str, str]] = (),
+    kernels: Kernels = Kernels.TORCH,
 ) -> AsyncIterator[Edge]:
     """The one-process run of any plan: a device and workers joined by in-memory links. `choose` replaces the
     workers' sampling; the device's is an argument of `generate`."""
     checkpoint = Checkpoint(directory)
     serving: set[asyncio.Task[None]] = set()
-    with Machine(checkpoint, dtype=dtype, weights=weights) as device:
+    with Machine(checkpoint, dtype=dtype, weights=weights, kernels=kernels) as device:
         async with AsyncExitStack() as stack:
             served: dict[str, Worker] = {}
 
@@ -47,7 +48,7 @@ async def in_process(
                 return near
 
             for name in workers:
-                machine = stack.enter_context(Machine(checkpoint, dtype=dtype, weights=weights))
+                machine = stack.enter_context(Machine(checkpoint, dtype=dtype, weights=weights, kernels=kernels))
                 served[name] = Worker(machine, connect=connect, choose=choose)
             yield Edge(device, workers, connect, {pair: pair[1] for pair in direct})
             await asyncio.gather(*serving)

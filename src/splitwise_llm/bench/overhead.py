@@ -20,17 +20,21 @@ from splitwise_llm.bench.random_models import OVERHEAD_GPT2, OVERHEAD_LLAMA, mak
 from splitwise_llm.bench.reference import hugging_face
 from splitwise_llm.engine.edge import Edge, edge_with
 from splitwise_llm.engine.machine import need_of
+from splitwise_llm.errors import RequestError
 from splitwise_llm.partition import Partition
-from splitwise_llm.spec import Dtype, Weights
+from splitwise_llm.spec import Dtype, Kernels, Weights
 
 PROMPT = list(range(100, 132))
 Tell = Callable[[str], None]
 FORMS = {
-    "fp32": (Dtype.FP32, Weights.FULL),
-    "bf16": (Dtype.BF16, Weights.FULL),
-    "int8": (Dtype.BF16, Weights.INT8),
-    "int4": (Dtype.BF16, Weights.INT4),
+    "fp32": (Dtype.FP32, Weights.FULL, Kernels.TORCH),
+    "bf16": (Dtype.BF16, Weights.FULL, Kernels.TORCH),
+    "int8": (Dtype.BF16, Weights.INT8, Kernels.TORCH),
+    "int4": (Dtype.BF16, Weights.INT4, Kernels.TORCH),
+    "int8_compiled": (Dtype.BF16, Weights.INT8, Kernels.COMPILED),
+    "int4_compiled": (Dtype.BF16, Weights.INT4, Kernels.COMPILED),
 }
+COMPILED = "_compiled"
 WIDE_LLAMA: Mapping[str, Any] = {
     "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 2048, "num_attention_heads": 32,
     "num_key_value_heads": 4, "intermediate_size": 5632, "vocab_size": 32000, "max_position_embeddings": 1024,
@@ -72,7 +76,8 @@ def hugging_face_tpot_s(model: Any, tokens: int) -> float:
 
 async def run_overhead(rounds: int, tokens: int, tell: Tell) -> Figures:
     """`split_over_unsplit`, `unsplit_over_hf` and `gpt2_unsplit_over_hf`; `int8_over_bf16` and `int4_over_bf16`
-    (ms/token), `bandwidth_share_FORM`, and `bandwidth_share`, the smaller of bf16's and int8's. One thread per process.
+    (ms/token), `bandwidth_share_FORM`, and `bandwidth_share`, the smaller of bf16's and int8's. FORM_compiled is by our
+    own kernels, FORM_compiled_over_torch in ms/token. One thread per process.
     """
     result = Figures("overhead", {"rounds": rounds, "tokens": tokens, "threads_per_process": 1})
     torch.set_num_threads(1)
@@ -87,14 +92,19 @@ async def run_overhead(rounds: int, tokens: int, tell: Tell) -> Figures:
 
 
 async def _forms(result: Figures, place: Path, rounds: int, tokens: int, tell: Tell) -> None:
-    """Decoding with weights in every form, and a plain read, in turn."""
+    """Decoding with weights in every form, by every kernel there is here, and a plain read, in turn."""
     directory = make_model(place, WIDE_LLAMA)
     (directory / "tokenizer.json").write_text(NO_WORDS)
     with contextlib.ExitStack() as stack:
         runs: dict[str, Callable[[], Awaitable[float]]] = {}
         read_bytes: dict[str, float] = {}
-        for form, (dtype, weights) in FORMS.items():
-            edge = stack.enter_context(edge_with(str(directory), {}, dtype=dtype, weights=weights))
+        for form, (dtype, weights, kernels) in FORMS.items():
+            try:
+                machine = edge_with(str(directory), {}, dtype=dtype, weights=weights, kernels=kernels)
+            except RequestError as error:  # a processor or a system without compiled kernels
+                tell(f"{form} is left out: {error}")
+                continue
+            edge = stack.enter_context(machine)
             runs[form] = partial(tpot_s, edge, "all:edge", tokens)
             read_bytes[form] = bytes_per_token(edge)
         runs["read"] = partial(plain_read_s, torch.ones(READ_BYTES // 4))
@@ -103,8 +113,10 @@ async def _forms(result: Figures, place: Path, rounds: int, tokens: int, tell: T
         result.add_median(f"{form}_ms_per_token", [1e3 * value for value in times[form]], f"{size / 1e6:.0f} MB")
         shares = [size / READ_BYTES * ratio for ratio in ratios(times["read"], times[form])]
         result.add_median(f"bandwidth_share_{form}", shares)
-    result.add_median("int8_over_bf16", ratios(times["int8"], times["bf16"]))
-    result.add_median("int4_over_bf16", ratios(times["int4"], times["bf16"]))
+    for form in [form for form in read_bytes if form.startswith("int")]:
+        result.add_median(f"{form}_over_bf16", ratios(times[form], times["bf16"]))
+    for form in [form for form in read_bytes if form.endswith(COMPILED)]:
+        result.add_median(f"{form}_over_torch", ratios(times[form], times[form.removesuffix(COMPILED)]))
     smaller = min(("bandwidth_share_bf16", "bandwidth_share_int8"), key=lambda name: result.figures[name])
     result.add("bandwidth_share", result.figures[smaller], smaller)
     result.add_median("plain_read_gb_per_s", [READ_BYTES / 1e9 / value for value in times["read"]])

@@ -48,7 +48,7 @@ from splitwise_llm.engine.walk import Choose
 from splitwise_llm.errors import LinkDied, MemoryTooSmall, UserError
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.tokenizer import Tokenizer
-from splitwise_llm.spec import Dtype, ModelSpec, Weights
+from splitwise_llm.spec import Dtype, Kernels, ModelSpec, Weights
 from splitwise_llm.units import show_bytes
 from splitwise_llm.wire.shaper import LinkShape
 
@@ -127,6 +127,8 @@ class PeersOptions:
     parts: tuple[str, ...] = PARTS
     folder: Path | None = None
     """Where models are made; a temporary folder otherwise."""
+    kernels: Kernels = Kernels.TORCH
+    """Ours for low-bit weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,11 @@ class _Setup:
     tell: Tell
 
     def edge(self, workers: Mapping[str, str], form: Format) -> Edge:
-        return edge_with(str(self.model), workers, dtype=form.dtype, weights=form.weights, threads=self.options.threads)
+        kernels = Kernels.TORCH if form.weights is Weights.FULL else self.options.kernels
+        return edge_with(
+            str(self.model), workers, dtype=form.dtype, weights=form.weights, threads=self.options.threads,
+            kernels=kernels,
+        )  # fmt: skip
 
     def prompt(self, tokens: int) -> list[int]:
         """Ids without a pattern, none of them special."""
@@ -152,7 +158,7 @@ async def run_peers(options: PeersOptions, tell: Tell) -> Figures:
     layers = QUICK_LAYERS if options.quick else TINYLLAMA["num_hidden_layers"]
     settings: dict[str, object] = {
         "layers": layers, "rounds": options.rounds, "tokens": options.tokens, "prompt": PROMPT_TOKENS, "rate": RATE,
-        "threads_per_process": options.threads,
+        "threads_per_process": options.threads, "kernels": str(options.kernels),
     }  # fmt: skip
     result = Figures("peers", settings)
     if options.folder:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from splitwise_llm.cli.options import JsonFile, Rounds, Threads, Tokens, bench, report, run, tell
+from splitwise_llm.cli.options import JsonFile, KernelsOption, Rounds, Threads, Tokens, bench, report, run, tell
 from splitwise_llm.errors import RequestError
+from splitwise_llm.spec import Kernels
 
 
 @bench.command()
@@ -45,6 +46,7 @@ def bench_peers(
     llamacpp: Annotated[Path, typer.Option(help="Folder with llama-server, llama-quantize and the RPC server.")],
     quick: Annotated[bool, typer.Option(help="4 layers instead of 22, and 2 rounds.")] = False,
     threads: Threads = 1,
+    kernels: KernelsOption = Kernels.TORCH,
     rounds: Rounds = 5,
     tokens: Tokens = 24,
     part: Annotated[list[str] | None, typer.Option(help="Only local, link, kill or draft; repeatable.")] = None,
@@ -60,7 +62,7 @@ def bench_peers(
     if unknown:
         raise RequestError(f"--part {min(unknown)}: the parts are {', '.join(PARTS)}")
     options = PeersOptions(
-        llamacpp, quick, threads, 2 if quick else rounds, tokens, tuple(part or PARTS), folder
+        llamacpp, quick, threads, 2 if quick else rounds, tokens, tuple(part or PARTS), folder, kernels
     )  # fmt: skip
     report(run(lambda: run_peers(options, tell), json_file), json_file)
 

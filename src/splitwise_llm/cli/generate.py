@@ -16,6 +16,7 @@ from splitwise_llm.cli.options import (
     DtypeOption,
     Emulate,
     JsonFile,
+    KernelsOption,
     Memory,
     Model,
     Profile,
@@ -37,7 +38,7 @@ from splitwise_llm.cost import UNLIMITED, Floor, Limits
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import JournalError, RequestError
 from splitwise_llm.observation import EVERYTHING, Always, Policy, Tools
-from splitwise_llm.spec import Dtype, Weights, find_device
+from splitwise_llm.spec import Dtype, Kernels, Weights, find_device
 
 if TYPE_CHECKING:
     from splitwise_llm.engine.backoff import RecoveryRules
@@ -121,6 +122,7 @@ def generate(
     give_up: Annotated[float, typer.Option(min=0, help="Seconds after which a lost machine is given up.")] = 3600.0,
     dtype: DtypeOption = Dtype.FP32,
     weights: WeightsOption = Weights.FULL,
+    kernels: KernelsOption = Kernels.TORCH,
     threads: Threads = 1,
     memory: Memory = "",
     emulate: Emulate = "",
@@ -146,7 +148,8 @@ def generate(
         "trace": [_settled_file(one) for one in trace or []],
         "fault": fault or [], "link_rate": link_rate or [], "direct": direct or [],
         "patience": None if patience is None else str(patience),
-        "shadow": shadow, "give_up": str(give_up), "dtype": dtype, "weights": weights, "threads": threads,
+        "shadow": shadow, "give_up": str(give_up), "dtype": dtype, "weights": weights, "kernels": kernels,
+        "threads": threads,
         "memory": memory, "emulate": _absolute(emulate), "profile": _absolute(profile),
         "tls": _absolute(str(tls)) if tls else "",
         "prefill_wire": prefill_wire, "draft": _absolute_draft(draft), "draft_tokens": draft_tokens,
@@ -300,7 +303,8 @@ class _Asked:
         profile = find_device(said["profile"]) if said["profile"] else None
         return edge_with(
             said["model"], reach, dtype=Dtype(said["dtype"]), weights=Weights(said["weights"]),
-            threads=said["threads"], direct=[two_names(pair) for pair in said["direct"]], rates=rates, profile=profile,
+            kernels=Kernels(said.get("kernels", Kernels.TORCH)), threads=said["threads"],
+            direct=[two_names(pair) for pair in said["direct"]], rates=rates, profile=profile,
             **machine_options(said["memory"], said["emulate"]),
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ import typer
 from splitwise_llm.cli.options import (
     DtypeOption,
     Emulate,
+    KernelsOption,
     Memory,
     Model,
     Profile,
@@ -24,7 +25,7 @@ from splitwise_llm.cli.options import (
     until_told,
 )
 from splitwise_llm.errors import RequestError
-from splitwise_llm.spec import Dtype, Weights, find_device
+from splitwise_llm.spec import Dtype, Kernels, Weights, find_device
 from splitwise_llm.units import parse_bytes
 
 
@@ -34,6 +35,7 @@ def worker(
     listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:7070",
     dtype: DtypeOption = Dtype.FP32,
     weights: WeightsOption = Weights.FULL,
+    kernels: KernelsOption = Kernels.TORCH,
     threads: Threads = 1,
     memory: Memory = "",
     emulate: Emulate = "",
@@ -56,7 +58,10 @@ def worker(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     files = worker_files(tls) if tls else None
-    options = machine_options(memory, emulate) | {"profile": find_device(profile) if profile else None}
+    options = machine_options(memory, emulate) | {
+        "profile": find_device(profile) if profile else None,
+        "kernels": kernels,
+    }
     limit = parse_bytes(max_message)
     if not 1000 <= limit < 2**31 - 1000:
         raise RequestError(f"--max-message {max_message}: expected 1 kB up to 2 GB")

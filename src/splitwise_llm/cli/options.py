@@ -18,7 +18,7 @@ from rich.console import Console
 
 from splitwise_llm.decision import WirePrecision
 from splitwise_llm.errors import RequestError
-from splitwise_llm.spec import Dtype, Weights, parse_emulation
+from splitwise_llm.spec import Dtype, Kernels, Weights, parse_emulation
 from splitwise_llm.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ Model = Annotated[str, typer.Option(help="'bundled', a directory with config.jso
 Threads = Annotated[int, typer.Option(min=1, max=256, help="Compute threads of this process.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="What to compute in.")]
 WeightsOption = Annotated[Weights, typer.Option(help="How weights stay in memory.")]
+KernelsOption = Annotated[
+    Kernels, typer.Option(help="Products of int8 and int4 weights; compiled: faster, needs a C compiler once.")
+]
 Memory = Annotated[str, typer.Option(help="Memory for weights and cache, as in 2GB; default: what is free.")]
 Emulate = Annotated[str, typer.Option(help="Stretch compute: a factor (2.5) or a device file (JSON).")]
 Profile = Annotated[str, typer.Option(help="What this machine can do: a device file, as `splitwise profile` writes.")]

@@ -15,6 +15,7 @@ import typer
 from splitwise_llm.cli.options import (
     DtypeOption,
     JsonFile,
+    KernelsOption,
     Model,
     Rounds,
     Threads,
@@ -32,7 +33,7 @@ from splitwise_llm.cli.options import (
 )
 from splitwise_llm.cli.output import whole
 from splitwise_llm.errors import RequestError
-from splitwise_llm.spec import DeviceSpec, Dtype, LinkSpec, Weights
+from splitwise_llm.spec import DeviceSpec, Dtype, Kernels, LinkSpec, Weights
 
 if TYPE_CHECKING:
     from splitwise_llm.engine.probing import Probe
@@ -68,6 +69,7 @@ def profile(
     accuracy_tokens: Annotated[int, typer.Option(min=16, help="At most so many tokens of it.")] = 2000,
     dtype: DtypeOption = Dtype.FP32,
     weights: WeightsOption = Weights.FULL,
+    kernels: KernelsOption = Kernels.TORCH,
     threads: Threads = 1,
     tls: Tls = None,
 ) -> None:
@@ -87,7 +89,7 @@ def profile(
             for ending in (*(f".{machine}.link.json" for machine in addresses), ".units.json")
         }
         outputs[""] = stack.enter_context(whole(out_file))
-        run(lambda: _profile(model, called, addresses, files, budget, (dtype, weights, threads), outputs))
+        run(lambda: _profile(model, called, addresses, files, budget, (dtype, weights, kernels, threads), outputs))
 
 
 async def _profile(
@@ -96,7 +98,7 @@ async def _profile(
     addresses: dict[str, str],
     tls: TlsFiles | None,
     budget_s: float,
-    form: tuple[Dtype, Weights, int],
+    form: tuple[Dtype, Weights, Kernels, int],
     outputs: Mapping[str, Path | None],
 ) -> None:
     """Measure, show, and write the device file (``), the units (`.units.json`) and each link where one is asked for."""
@@ -106,13 +108,16 @@ async def _profile(
     from splitwise_llm.engine.profiling import Profiler
     from splitwise_llm.engine.roofline import device_figures, peaks, watts
 
-    dtype, weights, threads = form
-    options = ["--dtype", dtype.value, "--weights", weights.value, "--threads", str(threads)]
+    dtype, weights, kernels, threads = form
+    options = ["--dtype", dtype.value, "--weights", weights.value, "--kernels", kernels.value]
+    options += ["--threads", str(threads)]
     with contextlib.ExitStack() as stack:
         tell("starting a worker on loopback")
         loopback = stack.enter_context(worker(model, *options)).address
         reach = LinkTo({"loopback": loopback})
-        edge = stack.enter_context(edge_with(model, reach, dtype=dtype, weights=weights, threads=threads))
+        edge = stack.enter_context(
+            edge_with(model, reach, dtype=dtype, weights=weights, kernels=kernels, threads=threads)
+        )
         tell("memory and arithmetic peaks")
         at_most = await peaks(edge.machine)
         tell("loading weights")

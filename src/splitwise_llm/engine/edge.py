@@ -33,7 +33,7 @@ from splitwise_llm.model.tokenizer import Tokenizer
 from splitwise_llm.observation import Always, Policy, Tools, innermost
 from splitwise_llm.partition import NAME, Partition
 from splitwise_llm.plan import DEVICE
-from splitwise_llm.spec import DeviceSpec, Dtype, Weights
+from splitwise_llm.spec import DeviceSpec, Dtype, Kernels, Weights
 from splitwise_llm.wire.codec import ElementLoss
 from splitwise_llm.wire.faults import Injection
 from splitwise_llm.wire.faulty import FaultyConnect
@@ -242,7 +242,8 @@ class Edge:
         if layers is None:
             checkpoint, weights = Checkpoint(locate(draft.by)), draft.weights
         drafter = ModelDrafter(
-            checkpoint, machine.checkpoint, capacity, request.sampling, machine.dtype, weights, layers
+            checkpoint, machine.checkpoint, capacity, request.sampling, machine.dtype, weights, layers,
+            machine.kernels if weights is not Weights.FULL else Kernels.TORCH,
         )  # fmt: skip
         compute = self._on_its_thread(drafter, weights)
         return Drafting(drafter, machine.spec.vocab_size, pace, draft.most, compute, drafter.spec, weights)
@@ -327,6 +328,7 @@ def edge_with(
     memory_bytes: int | None = None,
     emulate: float | DeviceSpec | None = None,
     profile: DeviceSpec | None = None,
+    kernels: Kernels = Kernels.TORCH,
     direct: Iterable[tuple[str, str]] = (),
     rates: Mapping[str, Rates] | None = None,
 ) -> Edge:
@@ -340,7 +342,7 @@ def edge_with(
     checkpoint = Checkpoint(locate(model))
     machine = Machine(
         checkpoint, dtype=dtype, weights=weights, threads=threads, memory_bytes=memory_bytes, emulate=emulate,
-        profile=profile,
+        profile=profile, kernels=kernels,
     )  # fmt: skip
     named = tuple(direct)
     pairs = {(a, b): reach.addresses.get(b, "") for a, b in named}

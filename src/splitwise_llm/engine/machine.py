@@ -28,7 +28,7 @@ from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.model.share import Share
 from splitwise_llm.model.weights import Need, Resident
 from splitwise_llm.partition import Partition
-from splitwise_llm.spec import DeviceSpec, Dtype, ModelSpec, Weights
+from splitwise_llm.spec import DeviceSpec, Dtype, Kernels, ModelSpec, Weights
 from splitwise_llm.units import show_bytes
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class Machine:
     """One process's part of the system. `close` it, or use it as a context manager.
 
     `profile` is what this machine was measured to do, `emulate` a factor by which it is slower than that, or the
-    device whose time it takes instead.
+    device whose time it takes instead. `kernels` multiply low-bit weights; raises RequestError for those it lacks.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Machine:
         memory_bytes: int | None = None,
         emulate: float | DeviceSpec | None = None,
         profile: DeviceSpec | None = None,
+        kernels: Kernels = Kernels.TORCH,
     ) -> None:
         if profile and isinstance(emulate, DeviceSpec):
             raise RequestError(
@@ -79,10 +80,10 @@ class Machine:
                 "a profile, or a device to emulate, or a profile and a factor"
             )
         self.checkpoint, self.dtype, self.weights, self.threads = checkpoint, dtype, weights, threads
-        self.emulate, self.profile = emulate, profile
+        self.emulate, self.profile, self.kernels = emulate, profile, kernels
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._memory_limit = memory_bytes
-        self._resident = Resident(checkpoint, dtype, weights, self.device)
+        self._resident = Resident(checkpoint, dtype, weights, self.device, kernels)
         self._ready: Need | None = None
         """Held for a fault, beside what is open."""
         self._open: dict[object, _Open] = {}

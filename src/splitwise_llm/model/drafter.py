@@ -13,7 +13,7 @@ from splitwise_llm.model.sampling import Sampling, sample
 from splitwise_llm.model.share import Share
 from splitwise_llm.model.tokenizer import Tokenizer
 from splitwise_llm.model.weights import Need, Resident
-from splitwise_llm.spec import Dtype, Weights
+from splitwise_llm.spec import Dtype, Kernels, Weights
 
 
 class ModelDrafter:
@@ -29,6 +29,7 @@ class ModelDrafter:
     def __init__(
         self, checkpoint: Checkpoint, of: Checkpoint, capacity: int, sampling: Sampling,
         dtype: Dtype = Dtype.FP32, weights: Weights = Weights.FULL, layers: int | None = None,
+        kernels: Kernels = Kernels.TORCH,
     ) -> None:  # fmt: skip
         check_same_tokenizer(checkpoint, of)
         spec = checkpoint.architecture.spec
@@ -41,7 +42,7 @@ class ModelDrafter:
             for half in range(2 * spec.num_layers)
         )
         need = Need(units, embed=True, head=True)
-        resident = Resident(checkpoint, dtype, weights, device)
+        resident = Resident(checkpoint, dtype, weights, device, kernels)
         resident.load(need)
         self.spec = spec
         self._capacity, self._sampling = min(capacity, spec.max_context), sampling

@@ -9,6 +9,7 @@
 Few rows (decode) wait for the weights to be read once, many (prefill) for the arithmetic. What oneDNN has packed
 serves both. torch's own low-bit kernels serve few rows only, so for many some blocks of the weight are up-cast at
 a time and multiplied. No second copy is kept: a block is dropped before the next is made.
+Kernels of our own (`compiled.py`), where a machine asks for them, multiply int4 by all rows and packed int8 by few.
 Where two ways cross is a constant and not a timing, so that equal shapes always give equal bits.
 """
 
@@ -24,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitwise_llm.errors import ModelError
+from splitwise_llm.model import compiled
 from splitwise_llm.model.packed import Packed, exact_int8_product, pack, pack_int8
-from splitwise_llm.spec import INT4_GROUP, Weights
+from splitwise_llm.spec import INT4_GROUP, Kernels, Weights
 
 INT8_FEW_ROWS = 20
 INT4_FEW_ROWS = 80
@@ -60,15 +62,15 @@ class Linear(ABC):
         return sum(held.nbytes for held in vars(self).values() if isinstance(held, Tensor | Packed))
 
 
-def linear_of(weight: Tensor, form: Weights, dtype: torch.dtype) -> Linear:
+def linear_of(weight: Tensor, form: Weights, dtype: torch.dtype, kernels: Kernels = Kernels.TORCH) -> Linear:
     """A layer with its own copy of weight (out, in), which may be of any float dtype and strides."""
     match form:
         case Weights.FULL:
             return Full(weight, dtype)
         case Weights.INT8:
-            return Int8(weight)
+            return Int8(weight, kernels=kernels)
         case Weights.INT4:
-            return Int4(weight)
+            return Int4(weight, kernels)
 
 
 @final
@@ -110,8 +112,11 @@ class Full(Linear):
 class Int8(Linear):
     """weight = value * scale of its output (a bf16 number). Plain columns are padded with zeros to a multiple of 32."""
 
-    def __init__(self, weight: Tensor, offset: Tensor | None = None, multiplied: bool = True) -> None:
-        """`offset` (in_features,) is first subtracted from every row; `multiplied` as above."""
+    def __init__(
+        self, weight: Tensor, offset: Tensor | None = None, multiplied: bool = True, kernels: Kernels = Kernels.TORCH
+    ) -> None:
+        """`offset` (in_features,) is first subtracted from every row; `multiplied` as above. Our own kernels serve
+        what is packed."""
         self.out_features, self.in_features = weight.shape
         columns = _up(self.in_features, COLUMN_STEP)
         values = weight.new_zeros(self.out_features, columns, dtype=torch.int8)
@@ -127,8 +132,13 @@ class Int8(Linear):
             self._plain = values
         else:
             self._scale = self._scale.float()  # as the product wants it
+        self._own: compiled.Int8Product | None = None
+        if self._packed is not None and kernels is Kernels.COMPILED:
+            self._own = compiled.Int8Product(self._packed, self._scale)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._own is not None:
+            return self._own(x)
         if self._packed is not None:
             return exact_int8_product(x, self._packed, self._scale)
         plain = cast(Tensor, self._plain)
@@ -158,7 +168,9 @@ class Int4(Linear):
     against the best scale without it.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, kernels: Kernels = Kernels.TORCH) -> None:
+        layout = int4_layout() if kernels is Kernels.COMPILED else None
+        self._own = compiled.kernels() if layout == Int4Layout(OUTPUT_STEP, None) else None
         self.out_features, self.in_features = weight.shape
         outputs, columns = _up(self.out_features, OUTPUT_STEP), _up(self.in_features, INT4_GROUP)
         self._packed = weight.new_empty(outputs, columns // 2, dtype=torch.uint8)
@@ -170,6 +182,9 @@ class Int4(Linear):
             self._packed[some] = _pack(values)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._own is not None:
+            rounded = self._own.rounded(x, self.in_features, self._packed.shape[1] * 2, is_signed=True)
+            return self._own.int4(rounded, self._packed, self._scale_zero)[:, : self.out_features].to(x.dtype)
         padded, layout = _padded(x, self.in_features, self._packed.shape[1] * 2), int4_layout()
         if layout is None or (x.device.type == "cpu" and len(x) <= INT4_FEW_ROWS):
             kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -285,14 +300,16 @@ class Table:
         return self._rows.num_bytes + (0 if self._mean is None else self._mean.nbytes)
 
 
-def table_of(weight: Tensor, form: Weights, dtype: torch.dtype, multiplied: bool = True) -> Table:
+def table_of(
+    weight: Tensor, form: Weights, dtype: torch.dtype, multiplied: bool = True, kernels: Kernels = Kernels.TORCH
+) -> Table:
     """A table with its own copy of weight (vocabulary, d_model); int8 also where the layers are int4. Without
     `multiplied` it is only looked up in."""
     if form is Weights.FULL:
         return Table(Full(weight, dtype, multiplied), None, dtype)
     sums = [weight[some].float().sum(0) for some in _runs(len(weight), weight.shape[1] * 4)]
     mean = torch.stack(sums).sum(0) / len(weight)
-    return Table(Int8(weight, mean, multiplied), mean, dtype)
+    return Table(Int8(weight, mean, multiplied, kernels), mean, dtype)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

@@ -86,9 +86,14 @@ def exact_int8_product(x: Tensor, weight: Packed, scale: Tensor) -> Tensor:
     per_unit = torch.div(_HALF, wide.abs().amax(1, keepdim=True))
     shifted = torch.addcmul(_SHIFT, wide, per_unit).view(torch.uint8)
     halves = shifted.as_strided((2, rows, columns), (1, 4 * columns, 4))
+    return product_of_halves(halves, per_unit, weight, scale).to(x.dtype)
+
+
+def product_of_halves(halves: Tensor, per_unit: Tensor, weight: Packed, scale: Tensor) -> Tensor:
+    """Of rows rounded as above, (2, rows, in_features) of bytes and (rows, 1); fp32 (rows, out_features)."""
     low, high = _bytes_product(halves, weight.opaque, scale).unbind()
     # A row of zeros is infinite per unit: whatever came out is divided by that.
-    return low.add_(high, alpha=256).div_(per_unit).to(x.dtype)
+    return low.add_(high, alpha=256).div_(per_unit)
 
 
 def _bytes_product(x: Tensor, opaque: Tensor, scale: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from splitwise_llm.model.checkpoint import Checkpoint
+from splitwise_llm.model.compiled import check_compiled
 from splitwise_llm.model.families import Norm, Stored
 from splitwise_llm.model.linear import Linear, Table, linear_of, table_of
-from splitwise_llm.spec import Dtype, Weights
+from splitwise_llm.spec import Dtype, Kernels, Weights
 
 TORCH_DTYPE = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16, Dtype.FP16: torch.float16}
 
@@ -92,8 +93,15 @@ class Resident:
     Not thread-safe: the machine's compute thread owns it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: Dtype, weights: Weights, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: Dtype, weights: Weights, device: torch.device,
+        kernels: Kernels = Kernels.TORCH,
+    ) -> None:  # fmt: skip
+        """Raises RequestError for kernels that are not installed or do not serve this device and these weights."""
+        if kernels is Kernels.COMPILED:
+            check_compiled(weights, device)
         self.checkpoint, self.dtype, self.weights, self.device = checkpoint, dtype, weights, device
+        self.kernels = kernels
         self.architecture = checkpoint.architecture
         self._torch_dtype = TORCH_DTYPE[dtype]
         self._held: dict[_Key, Loaded] = {}
@@ -161,7 +169,7 @@ class Resident:
             rows = torch.empty(spec.vocab_size, spec.d_model, dtype=self._torch_dtype)
             self.checkpoint.copy_slice(name, tuple(rows.shape), 0, 0, rows)
             form = Weights.FULL if self.weights is Weights.FULL else Weights.INT8
-            return table_of(rows.to(self.device), form, self._torch_dtype, multiplied)
+            return table_of(rows.to(self.device), form, self._torch_dtype, multiplied, self.kernels)
 
         return self._once(("table", 0, ()), read) if self._is_tied else read()
 
@@ -253,7 +261,7 @@ class Resident:
         return torch.cat(parts).to(self.device)
 
     def _linear(self, matrix: Tensor) -> Linear:
-        return linear_of(matrix.to(self.device), self.weights, self._torch_dtype)
+        return linear_of(matrix.to(self.device), self.weights, self._torch_dtype, self.kernels)
 
 
 @cache

@@ -20,6 +20,13 @@ class Dtype(StrEnum):
         return 4 if self is Dtype.FP32 else 2
 
 
+class Kernels(StrEnum):
+    """Whose products multiply low-bit weights with a few rows: torch's, or our own, which a C compiler makes."""
+
+    TORCH = "torch"
+    COMPILED = "compiled"
+
+
 class Weights(StrEnum):
     """How the weights of linear layers stay in memory: as computed in, or weight-only quantised."""
 

@@ -1,0 +1,194 @@
+"""Products of low-bit weights with a few rows by a small kernel of our own (`products.c`), for a machine that asks.
+
+The C compiler of this machine makes it, once; it is kept in the user's cache under the hash of what it was made of.
+Without a compiler, or on a processor without AVX-512 VNNI and VBMI, there is none, and torch's products serve. Weights
+are read where torch and oneDNN have packed them, so nothing is held twice. Knows no models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from splitwise_llm.errors import BrokenInvariant, RequestError
+from splitwise_llm.model.packed import DEEP, INT8_ROWS, OUTPUTS, Packed, product_of_halves
+from splitwise_llm.spec import Weights
+
+FLAGS = ("-O3", "-shared", "-fPIC", "-ffp-contract=off")  # no step may be fused for one number of rows only
+OWN_INT8_ROWS = 16
+"""More are multiplied by oneDNN, with the same bits."""
+COMPILE_S = 120.0
+CALL = "--kernels compiled"
+LEAVE_OUT = "or leave --kernels out"
+SPREAD_BYTES = 1 << 20
+"""What is read sooner than threads are woken is not spread over them."""
+_COLUMN_STEP = DEEP * 4
+
+
+def check_compiled(weights: Weights, device: torch.device) -> None:
+    """Raise RequestError, with what to do, unless there are compiled kernels here for such weights."""
+    if weights is Weights.FULL:
+        raise RequestError(f"{CALL} is for low-bit weights: add --weights int8 or int4, {LEAVE_OUT}")
+    if device.type != "cpu":
+        raise RequestError(f"{CALL} computes on the processor, and this machine on {device}: leave it out")
+    kernels()
+
+
+class Rows(NamedTuple):
+    """Rows of activations, rounded to 16 bits; columns padded with zeros."""
+
+    halves: Tensor
+    """Low and high bytes, each the half of a number plus 128, or `is_signed` and without: uint8 (2, rows, padded)."""
+    per_unit: Tensor
+    """By what a row was multiplied, fp32 (rows,)."""
+    sums: Tensor
+    """Of 32 rounded numbers each, fp32 (rows, padded / 32)."""
+
+
+class Kernels:
+    """The library, loaded."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
+
+    def rounded(self, x: Tensor, columns: int, padded: int, is_signed: bool = False) -> Rows:
+        """x (rows, columns) of any float dtype; `padded` is a multiple of 32."""
+        wide = x.float().contiguous()
+        rows = len(wide)
+        if wide.shape[1] != columns:
+            raise BrokenInvariant(f"a product of {columns} columns was given rows of {wide.shape[1]}")
+        made = Rows(
+            torch.empty(2, rows, padded, dtype=torch.uint8),
+            torch.empty(rows),
+            torch.empty(rows, padded // 32),
+        )
+        into = map(_at, (*made.halves, made.per_unit, made.sums))
+        self._library.halves_of(_at(wide), rows, columns, padded, *into, is_signed)
+        return made
+
+    def int8_sums(self, weight: Packed) -> Tensor:
+        """Of all weights of each output, int32 (outputs, padded to blocks)."""
+        blocks, deep = weight.blocks.shape[:2]
+        sums = torch.empty(blocks * OUTPUTS, dtype=torch.int32)
+        self._library.int8_sums(_at(weight.blocks), deep * _COLUMN_STEP, blocks, _at(sums))
+        return sums
+
+    def int8(self, x: Rows, weight: Packed, scale: Tensor, sums: Tensor) -> Tensor:
+        """x @ (values * scale).T, fp32 (rows, out), for scale and sums (outputs padded to blocks)."""
+        return self._product(
+            self._library.int8_product, (*x.halves, x.per_unit, weight.blocks, scale, sums), x, len(scale)
+        )[:, : weight.out_features]
+
+    def int4(self, x: Rows, packed: Tensor, scale_zero: Tensor) -> Tensor:
+        """The same for signed halves and torch's int4 weights in blocks of 64 outputs, fp32 (rows, outputs)."""
+        return self._product(
+            self._library.int4_product, (*x.halves, x.sums, x.per_unit, packed, scale_zero), x, len(packed)
+        )
+
+    def _product(self, product: Callable[..., None], read: tuple[Tensor, ...], x: Rows, outputs: int) -> Tensor:
+        rows, columns = x.halves.shape[1:]
+        y = torch.empty(rows, outputs)
+        given = *map(_at, read), _at(y), rows, columns, outputs
+        threads, blocks = torch.get_num_threads(), outputs // OUTPUTS
+        if threads == 1 or outputs * columns < SPREAD_BYTES:
+            product(*given, 0, blocks)
+            return y
+        ends = [blocks * part // threads for part in range(threads + 1)]
+        others = [self._others(threads).submit(product, *given, *some) for some in pairwise(ends[1:])]
+        product(*given, 0, ends[1])
+        for other in others:
+            other.result()
+        return y
+
+    def _others(self, threads: int) -> ThreadPoolExecutor:
+        if self._pool is None or self._pool[0] != threads:
+            self._pool = threads, ThreadPoolExecutor(threads - 1, "products")
+        return self._pool[1]
+
+
+class Int8Product:
+    """Of one packed weight: x (rows, in) to (rows, out), with the bits of `exact_int8_product`."""
+
+    def __init__(self, weight: Packed, scale: Tensor) -> None:
+        """`scale` (out,), fp32."""
+        self._kernels, self._weight, self._scale = kernels(), weight, scale
+        self._sums = self._kernels.int8_sums(weight)
+        self._padded_scale = F.pad(scale, (0, len(self._sums) - len(scale)))
+        self._columns = weight.blocks.shape[1] * _COLUMN_STEP
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) > INT8_ROWS:
+            return torch.cat([self(some) for some in torch.split(x, INT8_ROWS)])
+        rounded = self._kernels.rounded(x, self._weight.in_features, self._columns)
+        if len(x) <= OWN_INT8_ROWS:
+            y = self._kernels.int8(rounded, self._weight, self._padded_scale, self._sums)
+        else:
+            halves = rounded.halves[..., : self._weight.in_features]
+            y = product_of_halves(halves, rounded.per_unit.unsqueeze(1), self._weight, self._scale)
+        return y.to(x.dtype)
+
+
+@cache
+def kernels() -> Kernels:
+    """Made first where they are not in the cache. Raises RequestError."""
+    made = _made()
+    try:
+        library = ctypes.CDLL(str(made))
+    except OSError as error:
+        raise RequestError(f"{CALL}: {made} cannot be loaded ({error}); delete it, {LEAVE_OUT}") from error
+    if not library.can_multiply():
+        raise RequestError(f"{CALL} needs a processor with AVX-512 VNNI and VBMI: leave it out")
+    pointer, count = ctypes.c_void_p, ctypes.c_long
+    library.halves_of.argtypes = [pointer, count, count, count, pointer, pointer, pointer, pointer, ctypes.c_int]
+    library.int8_sums.argtypes = [pointer, count, count, pointer]
+    for product in (library.int8_product, library.int4_product):
+        product.argtypes = [*[pointer] * 7, *[count] * 5]
+    for function in (library.halves_of, library.int8_sums, library.int8_product, library.int4_product):
+        function.restype = None
+    return Kernels(library)
+
+
+def _made() -> Path:
+    source = resources.files("splitwise_llm.model") / "products.c"
+    code = source.read_bytes()
+    name = hashlib.sha256(code + " ".join(FLAGS).encode()).hexdigest()[:16]
+    cached = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "splitwise-llm"
+    library = cached / f"products-{name}.so"
+    if library.exists():
+        return library
+    compiler = os.environ.get("CC") or shutil.which("cc")
+    if not compiler:
+        raise RequestError(f"{CALL} needs a C compiler, once: install one (apt-get install gcc), {LEAVE_OUT}")
+    try:
+        cached.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached) as place:
+            made = Path(place) / "products.so"
+            command = [*compiler.split(), *FLAGS, "-x", "c", "-", "-o", str(made)]
+            subprocess.run(command, input=code, check=True, capture_output=True, timeout=COMPILE_S)
+            made.replace(library)  # at once: another process may do the same
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr.decode(errors="replace").strip() or f"status {error.returncode}").splitlines()[0]
+        raise RequestError(f"{CALL}: {compiler} failed: {said}; {LEAVE_OUT}") from error
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RequestError(f"{CALL}: the kernels cannot be made in {cached} ({error}); {LEAVE_OUT}") from error
+    return library
+
+
+def _at(tensor: Tensor) -> int:
+    return tensor.data_ptr()

@@ -1,0 +1,184 @@
+"""Our own kernels compute what torch's do, row by row the same bits, and say what they lack."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_linear import BF16_ROUNDING, DTYPES, error, gaussian, packing, product_error
+
+from splitwise_llm.bench.in_process import in_process
+from splitwise_llm.errors import BrokenInvariant, RequestError
+from splitwise_llm.model import compiled
+from splitwise_llm.model.checkpoint import locate
+from splitwise_llm.model.linear import Int4, Int8, linear_of, table_of
+from splitwise_llm.spec import Kernels, Weights
+
+CPU = torch.device("cpu")
+OUT = st.sampled_from([1, 63, 64, 65, 200, 257])
+IN = st.sampled_from([16, 33, 64, 136, 768])
+
+
+def lacking() -> str:
+    try:
+        compiled.check_compiled(Weights.INT8, CPU)
+    except RequestError as error:
+        return str(error)
+    return ""
+
+
+served = pytest.mark.skipif(bool(lacking()), reason=f"no compiled kernels here: {lacking()}")
+
+
+@pytest.fixture
+def unmade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Nothing is in the cache, or loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled.kernels.cache_clear()
+    yield tmp_path
+    compiled.kernels.cache_clear()
+
+
+@served
+@given(st.integers(1, 40), st.sampled_from(DTYPES), OUT, IN, st.floats(-30, 30))
+@settings(max_examples=100)
+def test_an_int8_product_has_the_bits_of_oneDNN(
+    rows: int, dtype: torch.dtype, outputs: int, inputs: int, exponent: float
+) -> None:
+    with packing():
+        torchs, ours = (linear_of(gaussian(outputs, inputs), Weights.INT8, dtype, kernels) for kernels in Kernels)
+    assert isinstance(ours, Int8)
+    assert ours._own is not None
+    x = gaussian(rows, inputs, seed=1)
+    x[-1] *= 2.0 ** (exponent if dtype is not torch.float16 else exponent / 4)
+    x = x.to(dtype)
+    assert torch.equal(ours(x), torchs(x))
+    assert torch.equal(ours(x), torch.cat([ours(row) for row in x.split(1)]))
+
+
+@served
+@given(st.integers(1, 40), st.sampled_from(DTYPES), OUT, IN)
+@settings(max_examples=100)
+def test_an_int4_row_is_exact_and_has_the_same_bits_whatever_rows_come_with_it(
+    rows: int, dtype: torch.dtype, outputs: int, inputs: int
+) -> None:
+    torchs, layer = (linear_of(gaussian(outputs, inputs), Weights.INT4, dtype, kernels) for kernels in Kernels)
+    assert isinstance(layer, Int4)
+    assert layer._own is not None
+    assert torch.equal(layer.dequantised(), torchs.dequantised())
+    assert layer.num_bytes == torchs.num_bytes
+    x = gaussian(rows, inputs, seed=1).to(dtype)
+    together = layer(x)
+    assert together.dtype is dtype
+    assert together.shape == (rows, outputs)
+    few = 3 if together.numel() < 16 else 1
+    assert product_error(together, x, layer.dequantised()) < few * (1e-4 if dtype is torch.float32 else BF16_ROUNDING)
+    assert torch.equal(together, torch.cat([layer(row) for row in x.split(1)]))
+
+
+@served
+@pytest.mark.parametrize("form", [Weights.INT8, Weights.INT4])
+def test_threads_change_no_bit(form: Weights) -> None:
+    layer, x = linear_of(gaussian(2048, 1056), form, torch.float32, Kernels.COMPILED), gaussian(3, 1056, seed=1)
+    alone, before = layer(x), torch.get_num_threads()
+    try:
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(layer(x), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@served
+@pytest.mark.parametrize("form", [Weights.INT8, Weights.INT4])
+def test_what_is_no_number_stays_in_its_row(form: Weights) -> None:
+    with packing():
+        layer = linear_of(gaussian(100, 96), form, torch.float32, Kernels.COMPILED)
+    x = gaussian(4, 96, seed=1)
+    want = layer(x[3:])
+    x[0] = 0
+    x[1, 5] = float("nan")
+    x[2, 7] = float("inf")
+    y = layer(x)
+    assert y[0].eq(0).all()
+    assert not y[1:3].isfinite().any()
+    assert torch.equal(y[3:], want)
+
+
+@served
+def test_a_table_projects_the_same_logits() -> None:
+    weight, x = gaussian(5027, 256), gaussian(3, 256, seed=1)
+    tables = [table_of(weight, Weights.INT4, torch.float32, kernels=kernels) for kernels in Kernels]
+    logits, want = (table.project(x) for table in tables)
+    assert error(logits, x @ weight.t()) < 0.01
+    assert torch.equal(logits, want)
+
+
+@served
+def test_an_input_of_another_width_is_an_error() -> None:
+    for form in (Weights.INT8, Weights.INT4):
+        with packing():
+            layer = linear_of(gaussian(64, 64), form, torch.float32, Kernels.COMPILED)
+        for columns in (32, 96):
+            with pytest.raises(BrokenInvariant):
+                layer(torch.ones(2, columns))
+
+
+@served
+@pytest.mark.parametrize("form", [Weights.INT8, Weights.INT4])
+def test_a_split_model_says_the_same_as_one_machine(form: Weights) -> None:
+    async def say(partition: str) -> list[int]:
+        async with (
+            in_process(locate("bundled"), ("cloud",), weights=form, kernels=Kernels.COMPILED) as edge,
+            edge.generate(list(range(20, 60)), partition, max_new_tokens=12, stop_ids=()) as generation,
+        ):
+            return [token.id async for token in generation]
+
+    assert asyncio.run(say("all:edge")) == asyncio.run(say("edge[0:4] cloud[4:8]"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "device", "said"),
+    [(Weights.FULL, "cpu", "add --weights"), (Weights.INT8, "cuda", "on the processor")],
+)
+def test_what_they_do_not_serve_is_refused(weights: Weights, device: str, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        compiled.check_compiled(weights, torch.device(device))
+
+
+def test_without_a_compiler_it_says_what_to_install(unmade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(unmade))
+    with pytest.raises(RequestError, match="install one"):
+        compiled.check_compiled(Weights.INT4, CPU)
+
+
+@pytest.mark.parametrize(("compiler", "said"), [("false", "failed"), ("no-such-compiler", "cannot be made")])
+def test_a_compiler_that_fails_is_named(
+    unmade: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, said: str
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    with pytest.raises(RequestError, match=said):
+        compiled.check_compiled(Weights.INT4, CPU)
+    assert not list(unmade.rglob("*.so"))
+
+
+@served
+def test_a_damaged_library_is_named(unmade: Path) -> None:
+    compiled._made().write_bytes(b"rubbish")
+    with pytest.raises(RequestError, match="delete it"):
+        compiled.kernels()
+
+
+@served
+def test_they_are_made_once(unmade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled.kernels()
+    assert len(list(unmade.rglob("*"))) == 2, "the folder and the library"
+    compiled.kernels.cache_clear()
+    monkeypatch.setenv("CC", "false")
+    compiled.kernels()
