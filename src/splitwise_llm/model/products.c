@@ -1,8 +1,8 @@
 /* Products of low-bit weights with a few rows, for processors with AVX-512 VNNI and VBMI; see compiled.py.
  *
- * A row of activations becomes 16 bits a number, in two bytes of which each is a half of the number, plus 128 where it must not be negative; products of bytes
- * are summed exactly, and all that is rounded is rounded row by row: a row has the same bits whatever rows are beside
- * it. Weights lie as torch and oneDNN have packed them, in blocks of 64 outputs. */
+ * A row of activations becomes 16 bits a number, in two bytes, each a half of the number, plus 128 where it must not be
+ * negative. Products of bytes are summed exactly, and all that is rounded is rounded row by row: a row has the same bits
+ * whatever rows are beside it. Weights lie as torch and oneDNN have packed them, in blocks of 64 outputs. */
 
 #include <stdint.h>
 
@@ -24,8 +24,8 @@ INLINE __mmask16 within(long at, long count)
 }
 
 /* x (rows, columns) to low and high bytes (rows, padded) each, per_unit (rows), and the sums of 32 numbers each,
- * sums (rows, padded / 32). `padded` is a multiple of 32; numbers there are zeros. Where `is_signed`, a byte is the half
- * itself. */
+ * sums (rows, padded / 32). `padded` is a multiple of 32; numbers there are zeros. Where `is_signed`, a byte is the
+ * half itself. */
 FAST void halves_of(const float *x, long rows, long columns, long padded, uint8_t *low, uint8_t *high,
                     float *per_unit, float *sums, int is_signed)
 {
