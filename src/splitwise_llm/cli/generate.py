@@ -16,6 +16,7 @@ from splitwise_llm.cli.options import (
     DtypeOption,
     Emulate,
     JsonFile,
+    LowLevel,
     Memory,
     Model,
     Profile,
@@ -66,6 +67,7 @@ def generate(
         str, typer.Option(help="As in 'edge[0:2] cloud[2:6] edge[6:8]'.", show_default="all:edge")
     ] = "",
     policy: Annotated[str, typer.Option(help="Who chooses instead, now and while tokens flow, as in drift.")] = "",
+    low_level: LowLevel = "",
     floor: Annotated[str, typer.Option(help="First and last layers that stay on the device, as in 2+2.")] = "",
     allow_lossy: Annotated[bool, typer.Option(help="The policy may use int8 and int4 on the wire.")] = False,
     explain: Annotated[bool, typer.Option(help="Say what is chosen, each time, with its price.")] = False,
@@ -141,7 +143,8 @@ def generate(
     from splitwise_llm.wire.codec import ElementLoss
 
     said = {
-        "model": _absolute(model), "machine": machine or [], "partition": partition, "policy": policy, "floor": floor,
+        "model": _absolute(model), "machine": machine or [], "partition": partition, "policy": policy,
+        "low_level": low_level, "floor": floor,
         "allow_lossy": allow_lossy, "wire": wire, "chunk": chunk, "link": [_settled_link(one) for one in link or []],
         "trace": [_settled_file(one) for one in trace or []],
         "fault": fault or [], "link_rate": link_rate or [], "direct": direct or [],
@@ -245,8 +248,9 @@ class _Asked:
         self.policy_name: str = said["policy"]
         wire = WirePrecision(said["wire"]) if said["wire"] else None
         self._policy = asked_policy(
-            self.policy_name, said["partition"], wire, said["chunk"], said["allow_lossy"], in_flight
-        )
+            self.policy_name, said["partition"], wire, said["chunk"], said["allow_lossy"], in_flight,
+            said.get("low_level", ""), 1 + len(said["machine"]),
+        )  # fmt: skip
         self._wire = wire or WirePrecision.FP32
         self.limits = Limits(Floor.parse(said["floor"])) if said["floor"] else UNLIMITED
 

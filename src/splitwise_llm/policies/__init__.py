@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from difflib import get_close_matches
 
 from splitwise_llm.errors import RequestError
 from splitwise_llm.observation import Policy
+from splitwise_llm.policies.low_level import Level
 from splitwise_llm.policies.mind import Splitwise
 from splitwise_llm.policies.per_layer import PerLayer
 from splitwise_llm.policies.pipelines import EdgeShard, Program
-from splitwise_llm.policies.planners import PLANNERS
+from splitwise_llm.policies.planners import PLANNERS, Planner
 from splitwise_llm.policies.splitting import LayerSplitting
 from splitwise_llm.policies.tuned import Tuned
 
@@ -35,4 +37,16 @@ def find_policy(name: str) -> Policy:
     return POLICIES[name][1]
 
 
-__all__ = ["POLICIES", "find_policy"]
+def with_low_level(policy: Policy, low: Level | None) -> Policy:
+    """The policy with who finds its plans, if somebody was asked for. Raises RequestError for one without a choice."""
+    if low is None:
+        return policy
+    if isinstance(policy, Splitwise) or (isinstance(policy, Planner) and policy.has_levels):
+        return replace(policy, low=low)
+    able = [
+        name for name, (_, one) in POLICIES.items() if isinstance(one, Splitwise) or getattr(one, "has_levels", False)
+    ]
+    raise RequestError(f"--low-level is for --policy {', '.join(able[:-1])} and {able[-1]}; no other has two of them")
+
+
+__all__ = ["POLICIES", "find_policy", "with_low_level"]

@@ -25,9 +25,10 @@ from splitwise_llm.observation import Menu, Observation, Tools
 from splitwise_llm.policies.features import features
 from splitwise_llm.policies.guided import STAY, Guide, Guided, Priced
 from splitwise_llm.policies.knobs import HEADS, NEUTRAL, SIZES, Knobs, Mode
+from splitwise_llm.policies.low_level import Level
 from splitwise_llm.policies.network import Network
 from splitwise_llm.policies.one_session import Plans, Question, Shelf, Unfit, ask
-from splitwise_llm.policies.planners import PLANNERS
+from splitwise_llm.policies.planners import PLANNERS, Planner
 
 Ints = NDArray[np.int64]
 
@@ -165,6 +166,8 @@ class Splitwise:
     name: str = "splitwise"
     weights: Network | None = None
     """None: the shipped ones."""
+    low: Level | None = None
+    """Who finds plans where there are more workers than its tables know; None: as `drift` has it."""
     _live: _Live = field(default_factory=_Live, repr=False, compare=False)
 
     def chooser(
@@ -211,8 +214,13 @@ class Splitwise:
             else:
                 mind = self._mind(network, plans, observation)
                 return _judged(question, mind if counts else replace(mind, tally=Tally()))
-        plain = _DRIFT.decide(observation)
+        plain = self.drift.decide(observation)
         return Judged(plain, plain, NEUTRAL, math.nan, math.nan, math.nan, why)
+
+    @property
+    def drift(self) -> Planner:
+        """Who decides where it has no table."""
+        return replace(_DRIFT, low=self.low)
 
     def _mind(self, network: Network, plans: Plans, observation: Observation) -> Mind:
         """With what it has made of a table, which goes when the table does."""
