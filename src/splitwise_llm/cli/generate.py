@@ -66,7 +66,13 @@ def generate(
     partition: Annotated[
         str, typer.Option(help="As in 'edge[0:2] cloud[2:6] edge[6:8]'.", show_default="all:edge")
     ] = "",
-    policy: Annotated[str, typer.Option(help="Who chooses instead, now and while tokens flow, as in drift.")] = "",
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Who chooses instead, now and while tokens flow, as in drift; splitwise:FILE with weights that "
+            "`train` made."
+        ),
+    ] = "",
     low_level: LowLevel = "",
     floor: Annotated[str, typer.Option(help="First and last layers that stay on the device, as in 2+2.")] = "",
     allow_lossy: Annotated[bool, typer.Option(help="The policy may use int8 and int4 on the wire.")] = False,
@@ -142,6 +148,7 @@ def generate(
     from splitwise_llm.model.sampling import Sampling
     from splitwise_llm.wire.codec import ElementLoss
 
+    policy = _absolute_behind(policy)
     said = {
         "model": _absolute(model), "machine": machine or [], "partition": partition, "policy": policy,
         "low_level": low_level, "floor": floor,
@@ -394,6 +401,12 @@ def _summary(record: RequestRecord) -> str:
 def _absolute(place: str) -> str:
     """A path that still leads there from elsewhere; what is no path stays."""
     return str(Path(place).resolve()) if place and Path(place).exists() else place
+
+
+def _absolute_behind(policy: str) -> str:
+    """A policy with the full path of its weights."""
+    name, colon, file = policy.partition(":")
+    return name + colon + _absolute(file)
 
 
 def _absolute_draft(draft: str) -> str:

@@ -72,7 +72,9 @@ def plan(
     ] = None,
     request: Annotated[str, typer.Option(help="Prompt/output tokens.")] = "128/128",
     floor: Annotated[str, typer.Option(help="First+last layers that stay on the device, as in 2+2.")] = "",
-    policy: Annotated[str, typer.Option(help="Show this planner's choice first.")] = "",
+    policy: Annotated[
+        str, typer.Option(help="Show this planner's choice first; splitwise:FILE with weights that `train` made.")
+    ] = "",
     low_level: LowLevel = "",
     explain: Annotated[
         bool,

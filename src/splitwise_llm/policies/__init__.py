@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path
 
 from splitwise_llm.errors import RequestError
 from splitwise_llm.observation import Policy
 from splitwise_llm.policies.low_level import Level
 from splitwise_llm.policies.mind import Splitwise
+from splitwise_llm.policies.network import Network
 from splitwise_llm.policies.per_layer import PerLayer
 from splitwise_llm.policies.pipelines import EdgeShard, Program
 from splitwise_llm.policies.planners import PLANNERS, Planner
@@ -29,7 +31,11 @@ POLICIES: dict[str, tuple[str, Policy]] = {planner.name: (planner.says, planner)
 
 
 def find_policy(name: str) -> Policy:
-    """A policy by its name. Raises RequestError that suggests the nearest."""
+    """A policy by its name; `splitwise:FILE` with weights of one's own. Raises RequestError that suggests the nearest,
+    ModelError for what are no such weights."""
+    known, colon, file = name.partition(":")
+    if colon and known == "splitwise":
+        return Splitwise(name, Network.load(Path(file)))
     if name not in POLICIES:
         near = get_close_matches(name, POLICIES, 1, 0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
