@@ -14,13 +14,13 @@ from splitwise_llm.lyapunov import (
     Budgets,
     Floats,
     Penalty,
+    Terms,
     completed,
     drained,
     drift,
     lyapunov,
     next_theta,
     nominal_weights,
-    objective,
     overspending,
     ratio_objective,
     scaled,
@@ -37,7 +37,7 @@ ZERO = np.zeros(4)
 def value(
     penalty: Penalty, c0: Floats, queues: Floats, work: Floats, weights: Floats, z: Floats = ZERO, g: Floats = ZERO
 ) -> Floats:
-    return objective(penalty, c0, np.zeros_like(c0), queues, work, weights, z, g)
+    return Terms.of(penalty, c0, np.zeros_like(c0), queues, work, g).objective(weights, z)
 
 
 # Dies when lyapunov.py says `work * work)` for `work * work / 2)`.
@@ -113,7 +113,7 @@ def test_scaling_v_weights_and_virtual_queues_together_changes_no_choice(
 # Dies when lyapunov.py says `np.minimum(wait_s, 9e9)` for `np.minimum(wait_s, penalty.wait_cap_s)`.
 def test_waiting_counts_beside_the_penalty_up_to_a_cap_or_not_at_all() -> None:
     def of(penalty: Penalty, wait_s: float) -> float:
-        return float(objective(penalty, np.array(1.0), np.array(wait_s), ZERO, ZERO, ZERO, ZERO, ZERO))
+        return float(Terms.of(penalty, np.array(1.0), np.array(wait_s), ZERO, ZERO, ZERO).objective(ZERO, ZERO))
 
     assert of(Penalty(2.0, v=5.0), 4.0) == 5.0 * (1 + 4.0 / 2.0)
     assert of(Penalty(2.0, wait_cap_s=10.0), 1e9) == 1 + 10.0 / 2.0

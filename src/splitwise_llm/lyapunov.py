@@ -98,9 +98,14 @@ def served(queues: Floats, speed: Floats, seconds: Floats) -> Floats:
     return result
 
 
+def added(queues: Floats, work: Floats) -> Floats:
+    """What adding `work` (..., 4) adds to `1/2 Q_i^2` of each queue, exactly: `Q_i x_i + x_i^2 / 2`."""
+    return queues * work + work * work / 2
+
+
 def drift(queues: Floats, work: Floats, weights: Floats) -> Floats:
-    """What adding `work` (..., 4) adds to `1/2 sum w_i Q_i^2`, exactly: `sum w_i (Q_i x_i + x_i^2 / 2)`."""
-    result: Floats = (weights * (queues * work + work * work / 2)).sum(axis=-1)
+    """What adding `work` (..., 4) adds to `1/2 sum w_i Q_i^2`."""
+    result: Floats = (weights * added(queues, work)).sum(axis=-1)
     return result
 
 
@@ -115,28 +120,38 @@ def overspending(budgets: Budgets, joules: Floats, miss_probability: Floats, nat
 
     The deadline's is `P[T > D] / eps`: a constant -1 would not change the choice. The battery's is left to time.
     """
-    zero = np.zeros(np.broadcast_shapes(*(np.shape(a) for a in (joules, miss_probability, nats, tokens))))
-    energy = zero if budgets.energy_j is None else joules / budgets.energy_j - 1 + zero
-    deadline = zero if budgets.deadline_s is None else miss_probability / budgets.misses + zero
-    accuracy = zero if budgets.nats is None else tokens / budgets.tokens_ref * (nats / budgets.nats - 1) + zero
-    battery = zero if budgets.battery_w is None else joules / (budgets.battery_w * budgets.t_ref_s) + zero
-    return np.stack([energy, deadline, accuracy, battery], axis=-1)
+    g = np.zeros((*np.broadcast(joules, miss_probability, nats, tokens).shape, NUM_VIRTUAL))
+    if budgets.energy_j is not None:
+        g[..., 0] = joules / budgets.energy_j - 1
+    if budgets.deadline_s is not None:
+        g[..., 1] = miss_probability / budgets.misses
+    if budgets.nats is not None:
+        g[..., 2] = tokens / budgets.tokens_ref * (nats / budgets.nats - 1)
+    if budgets.battery_w is not None:
+        g[..., 3] = joules / (budgets.battery_w * budgets.t_ref_s)
+    return g
 
 
-def objective(
-    penalty: Penalty,
-    c0: Floats,
-    wait_s: Floats,
-    queues: Floats,
-    work: Floats,
-    weights: Floats,
-    virtual: Floats,
-    g: Floats,
-) -> Floats:
-    """Drift plus penalty D (...): `V [c0 + min(wait, cap)/T_ref] + drift + sum Z_j g_j`. Choose the smallest."""
-    wait = np.minimum(wait_s, penalty.wait_cap_s) / penalty.t_ref_s if penalty.wait_term else 0.0
-    result: Floats = penalty.v * (c0 + wait) + drift(queues, work, weights) + (virtual * g).sum(axis=-1)
-    return result
+@dataclass(frozen=True, slots=True, eq=False)
+class Terms:
+    """Drift plus penalty before it is said what the queues weigh."""
+
+    paid: Floats
+    """(...): `V [c0 + min(wait, cap)/T_ref]`."""
+    added: Floats
+    """(..., 4): to half the square of each physical queue."""
+    g: Floats
+    """(..., 4): to each virtual queue."""
+
+    @classmethod
+    def of(cls, penalty: Penalty, c0: Floats, wait_s: Floats, queues: Floats, work: Floats, g: Floats) -> Terms:
+        wait = np.minimum(wait_s, penalty.wait_cap_s) / penalty.t_ref_s if penalty.wait_term else 0.0
+        return cls(penalty.v * (c0 + wait), added(queues, work), g)
+
+    def objective(self, weights: Floats, virtual: Floats) -> Floats:
+        """D (...): `V [c0 + min(wait, cap)/T_ref] + drift + sum Z_j g_j`. Choose the smallest."""
+        result: Floats = self.paid + (weights * self.added).sum(axis=-1) + (virtual * self.g).sum(axis=-1)
+        return result
 
 
 def completed(

@@ -420,6 +420,10 @@ def test_a_policy_from_the_command_line_with_its_reasons_until_the_worker_is_kil
         ({"name": "exact", "wire": WirePrecision.INT8}, "--allow-lossy"),
         ({"name": "exact", "chunk": 16}, "leave out --wire and --chunk"),
         ({"allow_lossy": True}, "is for a --policy"),
+        ({"low_level": "exact"}, "name one, as in --policy drift"),
+        ({"name": "drift", "low_level": "quick"}, "it is exact or learned"),
+        ({"name": "router", "low_level": "exact"}, "--low-level is for --policy"),
+        ({"name": "drift", "low_level": "learned", "machines": 2}, "name more workers"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused_with_the_remedy(options: dict[str, Any], says: str) -> None:

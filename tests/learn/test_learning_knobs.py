@@ -13,12 +13,24 @@ from splitwise_llm.errors import ModelError, SpecError
 from splitwise_llm.learn.courses import Course, course, courses
 from splitwise_llm.learn.env import CourseEnv, Twin
 from splitwise_llm.learn.parallel import ParallelEnv
-from splitwise_llm.learn.train import CONFIGS, begin_at, learner, network, read_config, train
+from splitwise_llm.learn.train import (
+    CONFIGS,
+    Validation,
+    _origin,
+    _state,
+    begin_at,
+    learner,
+    network,
+    read_config,
+    train,
+)
 from splitwise_llm.observation import Past
+from splitwise_llm.policies import find_policy
 from splitwise_llm.policies.features import COUNT, NAMES, TOTAL, features
 from splitwise_llm.policies.guided import Constant
 from splitwise_llm.policies.knobs import NEUTRAL, SIZES
 from splitwise_llm.policies.mind import STALE_S, Mind
+from splitwise_llm.policies.network import NAMES as WEIGHTS
 from splitwise_llm.policies.network import Network
 from splitwise_llm.sim.draws import draw
 from splitwise_llm.sim.episode import simulate
@@ -166,6 +178,38 @@ def test_weights_that_do_not_fit_say_so(tmp_path: Path, env: CourseEnv) -> None:
         Network.load(tmp_path / "w.npz")
     with pytest.raises(ModelError, match="another version"):
         replace(mind, low=np.zeros(3, np.float32))
+    mind.save(tmp_path / "w.npz")
+    whole = (tmp_path / "w.npz").read_bytes()
+    np.savez(tmp_path / "other.npz", **{name: getattr(mind, name)[..., :-1] for name in WEIGHTS})
+    np.save(tmp_path / "one.npy", mind.low)
+    (tmp_path / "cut.npz").write_bytes(whole[:-400])
+    (tmp_path / "empty.npz").touch()
+    for name in ("other.npz", "one.npy", "cut.npz", "empty.npz", "nowhere.npz", "."):
+        with pytest.raises(ModelError, match=r"splitwise train") as refused:
+            find_policy(f"splitwise:{tmp_path / name}")
+        assert str(tmp_path / name) in str(refused.value)
+
+
+def test_weights_to_begin_at_are_as_wide_as_the_network(env: CourseEnv) -> None:
+    # Dies when learn/train.py leaves out the comparison of shapes.
+    start = network(learner(TINY, env), env)
+    with pytest.raises(SpecError, match="hidden 16 and width 64"):
+        begin_at(learner(replace(TINY, hidden=8, width=32), env), start)
+
+
+def test_a_run_that_began_elsewhere_is_not_gone_on_with(tmp_path: Path, one: Course, env: CourseEnv) -> None:
+    start, lived = network(learner(TINY, env), env), replace(one, name="course-1 (3 requests in 5.5 s)")
+    begun = _state(TINY, tmp_path, _origin(start, [lived]))
+    assert _state(TINY, tmp_path, _origin(start, [lived])) == begun
+    for other in (_origin(None, []), _origin(start, []), _origin(replace(start, heads=start.heads + 1), [lived])):
+        with pytest.raises(SpecError, match="began at other weights or records"):
+            _state(TINY, tmp_path, other)
+
+
+def test_what_was_lived_chooses_among_the_weights_too(one: Course) -> None:
+    validation = Validation(TINY, more=[replace(one, name="lived")])
+    assert len(validation.names) == TINY.validation + 1
+    assert validation.names[-1] == "lived"
 
 
 def test_configurations_are_named_or_read(tmp_path: Path) -> None:

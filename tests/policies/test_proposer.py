@@ -14,11 +14,23 @@ from splitwise_llm.decision import Decision
 from splitwise_llm.errors import RequestError, SpecError
 from splitwise_llm.learn.low_level import lesson_of
 from splitwise_llm.learn.states import Spread, State, random_state
-from splitwise_llm.observation import EVERYTHING, PLAIN, Placement
+from splitwise_llm.observation import EVERYTHING, PLAIN, Observation, Placement
 from splitwise_llm.partition import Partition
+from splitwise_llm.policies import find_policy, planners, with_low_level
 from splitwise_llm.policies.in_flight import Running
-from splitwise_llm.policies.low_level import Exact, Learned, Proposal, find_level
+from splitwise_llm.policies.low_level import (
+    Exact,
+    Learned,
+    Level,
+    LowLevel,
+    Proposal,
+    find_level,
+    level_for,
+    parse_level,
+)
+from splitwise_llm.policies.mind import Splitwise
 from splitwise_llm.policies.objective import Energy, Latency
+from splitwise_llm.policies.planners import Planner
 from splitwise_llm.policies.proposer import NUM_FEATURES, Proposer, Weights
 from splitwise_llm.rebuild import Holdings
 
@@ -165,7 +177,50 @@ def test_weights_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_the_switch_knows_two_names() -> None:
-    assert isinstance(find_level("exact"), Exact)
-    assert isinstance(find_level("learned"), Learned)
+    assert isinstance(find_level(Level.EXACT), Exact)
+    assert isinstance(find_level(Level.LEARNED), Learned)
+    assert [parse_level(text) for text in ("", "exact", "learned")] == [None, Level.EXACT, Level.LEARNED]
     with pytest.raises(RequestError, match="exact or learned"):
-        find_level("guess")
+        parse_level("guess")
+
+
+def test_the_learned_one_decides_from_three_machines_on_unless_the_exact_one_is_asked_for() -> None:
+    assert [level_for(None, n) for n in (1, 2, 3, 4)] == [Level.EXACT, Level.EXACT, Level.LEARNED, Level.LEARNED]
+    assert level_for(Level.EXACT, 4) is Level.EXACT
+    with pytest.raises(RequestError, match="and 2 are given"):
+        level_for(Level.LEARNED, 2)
+
+
+def test_a_policy_answers_with_its_low_level_at_admission_and_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for: list[Level] = []
+
+    def noted(level: Level) -> LowLevel:
+        asked_for.append(level)
+        return find_level(level)
+
+    monkeypatch.setattr(planners, "find_level", noted)
+    state = random_state(3, Spread(machines=(3,)))
+    seen = Observation(
+        state.world.spec, (), state.job.prompt_tokens, state.job.tokens_out, world=state.world, limits=state.limits,
+        tools=state.tools,
+    )  # fmt: skip
+    for low, level in ((None, Level.LEARNED), (Level.EXACT, Level.EXACT)):
+        policy = with_low_level(find_policy("drift"), low)
+        assert isinstance(policy, Planner)
+        first = policy.decide(seen)
+        question = (state.world, state.job, state.tools, state.limits, state.world.conditions())
+        value = find_level(level).propose(*question, policy._objective(seen)).value
+        assert policy.worth(seen, first) == pytest.approx(value, rel=1e-9)
+        later = replace(seen, placement=Placement(first, state.job.prompt_tokens + 1, 1))
+        onward = find_level(level).onward(Running.of(later), state.tools, policy._objective(later)).decision
+        assert policy.decide(later) == Running.of(later).answer(onward)
+        assert asked_for == [level, level]
+        asked_for.clear()
+
+
+def test_splitwise_hands_its_low_level_to_the_plain_solver_where_it_has_no_table() -> None:
+    policy = with_low_level(find_policy("splitwise"), Level.EXACT)
+    assert isinstance(policy, Splitwise)
+    assert policy.drift.low is Level.EXACT
+    with pytest.raises(RequestError, match="drift-selfish, drift and splitwise"):
+        with_low_level(find_policy("exact"), Level.LEARNED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,10 +88,29 @@ def test_plan_explains_its_choice() -> None:
     assert "decides the same" in done.output
 
 
-def test_plan_explains_no_other_policy() -> None:
-    done = CliRunner().invoke(app, [*SEVEN, "--policy", "drift", "--explain"])
+@pytest.mark.parametrize("option", ["--explain", "--map=decisions.svg"])
+def test_plan_explains_no_policy_that_has_only_prices(option: str) -> None:
+    done = CliRunner().invoke(app, [*SEVEN, "--policy", "neurosurgeon", option])
     assert done.exit_code != 0
     assert "--policy splitwise" in f"{done.output}{done.exception}"
+
+
+def test_plan_says_which_low_level_found_a_plan_and_what_the_other_one_finds(tmp_path: Path) -> None:
+    link = ("--link", "rtt=2ms up=100mbit down=100mbit")
+    ask = ["plan", "--model", "gpt2", "--edge", "pi5", "--cloud", "orin-nx", *link, "--explain"]
+    ask += ["--json", f"{tmp_path}/plan.json"]
+    said = CliRunner().invoke(app, [*ask, "--policy", "drift"]).output
+    assert "low level: exact; the learned one is for two workers and more" in said
+    assert json.loads((tmp_path / "plan.json").read_text())["low_level"] == "exact"
+    ask += ["--cloud", "l4", "--budget", "1"]
+    for policy, options, mine, other in (
+        ("drift", [], "learned", "exact"), ("splitwise", ["--low-level", "exact"], "exact", "learned"),
+    ):  # fmt: skip
+        done = CliRunner().invoke(app, [*ask, "--policy", policy, *options])
+        assert done.exit_code == 0, done.output
+        assert f"low level: {mine}, D " in done.output
+        assert f"the {other} one: " in done.output
+        assert json.loads((tmp_path / "plan.json").read_text())["low_level"] == mine
 
 
 @pytest.mark.usefixtures("patient")

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from splitwise_llm.bench.replaying import AS_DECIDED, LIVE, Replay, compare
@@ -14,6 +15,7 @@ from splitwise_llm.cost.drafting import acceptance_of, tokens_per_round
 from splitwise_llm.decision import WirePrecision
 from splitwise_llm.errors import RequestError, SpecError
 from splitwise_llm.observation import Tools
+from splitwise_llm.policies.mind import shipped
 from splitwise_llm.records import (
     Event,
     HostRecord,
@@ -157,7 +159,7 @@ def test_the_replay_of_what_was_decided_is_what_the_plan_costs_and_another_polic
     replay = Replay(course, ["edge-only"])
     table = replay.tables[0]
     plan = next(n for n, one in enumerate(table.bills) if one.decision == course.decisions[0])
-    alone = float(table.at(table.world.conditions(), 9.0).total_s[plan])
+    alone = float(table.at(table.world.conditions(), np.array([9.0])).total_s[plan])
     (played, _), (edge, _) = replay.answered(AS_DECIDED), replay.answered("edge-only")
     assert (played.plan, edge.plan) == ("all:server", "all:edge")
     assert played.total_s == pytest.approx(alone, rel=1e-6)
@@ -256,6 +258,22 @@ def test_a_policy_that_is_asked_for_must_exist_and_one_that_is_recorded_need_not
     assert "unknown policy" in compare(courses).unplanned["my-own"]
     with pytest.raises(RequestError, match="unknown policy"):
         compare(courses, "my-own")
+
+
+def test_weights_of_ones_own_are_played_as_a_policy_and_left_out_where_they_are_gone(tmp_path: Path) -> None:
+    file = tmp_path / "own.npz"
+    shipped().save(file)
+    courses = courses_from_records([kept(tmp_path, record(policy=f"splitwise:{file}"))])
+    assert list(compare(courses).answers) == [LIVE, AS_DECIDED, f"splitwise:{file}"]
+    file.unlink()
+    assert "own.npz: no weights of a policy" in compare(courses).unplanned[f"splitwise:{file}"]
+
+
+def test_joules_that_nobody_knows_are_none(tmp_path: Path) -> None:
+    unknown = replace(HOSTS[0], device=replace(SLOW, idle_w=0.0, decode_w=0.0, prefill_w=0.0))
+    (course,) = courses_from_records([kept(tmp_path, record(hosts=(unknown, HOSTS[1])))])
+    (played,) = Replay(course).answered(AS_DECIDED)
+    assert played.device_j is None
 
 
 def test_acceptance_is_found_back_from_what_rounds_made() -> None:

@@ -91,9 +91,8 @@ class Exact:
         zero = np.zeros_like(c0)
         g = lyapunov.overspending(self.budgets, pick("device_j"), zero, nats, later + 1)
         weights = np.array([1.0, 1.0, 1.0, 1.0]) / self.penalty.t_ref_s
-        return lyapunov.objective(
-            self.penalty, c0, pick("wait_s"), menu.queues[:, None, :], work, weights, menu.virtual[:, None, :], g
-        )
+        terms = lyapunov.Terms.of(self.penalty, c0, pick("wait_s"), menu.queues[:, None, :], work, g)
+        return terms.objective(weights, menu.virtual[:, None, :])
 
     def choose(self, menu: Menu) -> NDArray[np.int64]:
         value = np.where(menu.admissible, self.objective(menu), np.inf)

@@ -16,7 +16,8 @@ import numpy as np
 from splitwise_llm.bench.cells import load_states
 from splitwise_llm.cost import Job, Table, World
 from splitwise_llm.decision import Decision
-from splitwise_llm.errors import RequestError
+from splitwise_llm.errors import ModelError, RequestError
+from splitwise_llm.plan import DEVICE
 from splitwise_llm.policies import find_policy
 from splitwise_llm.policies.choosers import find_chooser, planned
 from splitwise_llm.policies.menus import MAX_PLANS, menu
@@ -100,6 +101,8 @@ class Replay:
         rows = records.first_plan[0, 0].tolist()
         plans = [bills[row].decision.partition.text(self.names) for row in rows]
         figures = {name: getattr(records, name)[0, 0].tolist() for name in FIGURES}
+        if not self.course.worlds[0][0].hosts[DEVICE].device.decode_w:  # nobody has said what the device takes
+            figures["device_j"] = [math.nan] * len(rows)
         return [
             Answered(**{name: _figure(values[n]) for name, values in figures.items()}, plan=plan, moves=moves)
             for n, (plan, moves) in enumerate(zip(plans, records.moves[0, 0].tolist(), strict=True))
@@ -173,7 +176,8 @@ class Compared:
 def compare(courses: Sequence[Course], policy: str = "") -> Compared:
     """Play courses as they were decided, under the policies that decided them, and under `policy`.
 
-    Raises RequestError for a `policy` that is unknown or has no plan; a recorded one is then left out.
+    Raises RequestError for a `policy` that is unknown or has no plan, ModelError for one whose weights are none; a
+    recorded one is then left out.
     """
     if policy:
         find_policy(policy)
@@ -186,7 +190,7 @@ def compare(courses: Sequence[Course], policy: str = "") -> Compared:
                 world, job = course.worlds[0]
                 if not isinstance(found := find_policy(name), (Planner, Splitwise)):
                     planned(found, world, job, course.tools, course.scenario.limits)
-        except RequestError as error:
+        except (RequestError, ModelError) as error:
             if name == policy:
                 raise
             unplanned[name] = str(error)

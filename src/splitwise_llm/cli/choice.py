@@ -12,9 +12,10 @@ from splitwise_llm.cost import Price, World, best_chunk, default_chunk, obstacle
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError
 from splitwise_llm.observation import Always, Observation, Occasion, Policy
-from splitwise_llm.policies import find_policy
+from splitwise_llm.policies import find_policy, with_low_level
 from splitwise_llm.policies.chains import Flow
 from splitwise_llm.policies.in_flight import Running
+from splitwise_llm.policies.low_level import level_for, parse_level
 from splitwise_llm.policies.objective import Latency
 from splitwise_llm.policies.pipelines import EdgeShard, Program
 from splitwise_llm.policies.solver import Solver
@@ -29,13 +30,17 @@ def asked_policy(
     chunk: int | None,
     allow_lossy: bool,
     in_flight: int | None = None,
+    low_level: str = "",
+    machines: int = 1,
 ) -> Policy | None:
     """The policy of a name; None for no name. `in_flight` sequences will be under way at a time (None: a single one
-    is asked for). Raises RequestError for an unknown one, one that needs several sequences, and for options that say
-    what it is to find out."""
+    is asked for), on so many machines. Raises RequestError for an unknown one, one that needs several sequences or
+    machines, and for options that say what it is to find out."""
     if not name:
         if allow_lossy:
             raise RequestError("--allow-lossy is for a --policy; with a --partition write --wire int8 or int4")
+        if low_level:
+            raise RequestError("--low-level says how a --policy finds plans; name one, as in --policy drift")
         return None
     if partition:
         raise RequestError("--policy and --partition exclude each other: give the one that is to decide")
@@ -44,7 +49,9 @@ def asked_policy(
             "with --policy the wire precision and the chunk are the policy's to choose: leave out --wire and --chunk; "
             "--allow-lossy lets it use int8 and int4"
         )
-    policy = find_policy(name)
+    low = parse_level(low_level)
+    policy = with_low_level(find_policy(name), low)
+    level_for(low, machines)  # what cannot be is said before any machine is asked
     if not isinstance(policy, EdgeShard):
         return policy
     if policy.program is Program.THROUGHPUT and in_flight is None:

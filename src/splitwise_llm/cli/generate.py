@@ -17,6 +17,7 @@ from splitwise_llm.cli.options import (
     Emulate,
     JsonFile,
     KernelsOption,
+    LowLevel,
     Memory,
     Model,
     Profile,
@@ -66,7 +67,14 @@ def generate(
     partition: Annotated[
         str, typer.Option(help="As in 'edge[0:2] cloud[2:6] edge[6:8]'.", show_default="all:edge")
     ] = "",
-    policy: Annotated[str, typer.Option(help="Who chooses instead, now and while tokens flow, as in drift.")] = "",
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Who chooses instead, now and while tokens flow, as in drift; splitwise:FILE with weights that "
+            "`train` made."
+        ),
+    ] = "",
+    low_level: LowLevel = "",
     floor: Annotated[str, typer.Option(help="First and last layers that stay on the device, as in 2+2.")] = "",
     allow_lossy: Annotated[bool, typer.Option(help="The policy may use int8 and int4 on the wire.")] = False,
     explain: Annotated[bool, typer.Option(help="Say what is chosen, each time, with its price.")] = False,
@@ -142,8 +150,10 @@ def generate(
     from splitwise_llm.model.sampling import Sampling
     from splitwise_llm.wire.codec import ElementLoss
 
+    policy = _absolute_behind(policy)
     said = {
-        "model": _absolute(model), "machine": machine or [], "partition": partition, "policy": policy, "floor": floor,
+        "model": _absolute(model), "machine": machine or [], "partition": partition, "policy": policy,
+        "low_level": low_level, "floor": floor,
         "allow_lossy": allow_lossy, "wire": wire, "chunk": chunk, "link": [_settled_link(one) for one in link or []],
         "trace": [_settled_file(one) for one in trace or []],
         "fault": fault or [], "link_rate": link_rate or [], "direct": direct or [],
@@ -248,8 +258,9 @@ class _Asked:
         self.policy_name: str = said["policy"]
         wire = WirePrecision(said["wire"]) if said["wire"] else None
         self._policy = asked_policy(
-            self.policy_name, said["partition"], wire, said["chunk"], said["allow_lossy"], in_flight
-        )
+            self.policy_name, said["partition"], wire, said["chunk"], said["allow_lossy"], in_flight,
+            said.get("low_level", ""), 1 + len(said["machine"]),
+        )  # fmt: skip
         self._wire = wire or WirePrecision.FP32
         self.limits = Limits(Floor.parse(said["floor"])) if said["floor"] else UNLIMITED
 
@@ -394,6 +405,12 @@ def _summary(record: RequestRecord) -> str:
 def _absolute(place: str) -> str:
     """A path that still leads there from elsewhere; what is no path stays."""
     return str(Path(place).resolve()) if place and Path(place).exists() else place
+
+
+def _absolute_behind(policy: str) -> str:
+    """A policy with the full path of its weights."""
+    name, colon, file = policy.partition(":")
+    return name + colon + _absolute(file)
 
 
 def _absolute_draft(draft: str) -> str:

@@ -51,6 +51,14 @@ Emulate = Annotated[str, typer.Option(help="Stretch compute: a factor (2.5) or a
 Profile = Annotated[str, typer.Option(help="What this machine can do: a device file, as `splitwise profile` writes.")]
 Tls = Annotated[Path | None, typer.Option(help="Directory made by `splitwise keys`.")]
 R = TypeVar("R")
+LowLevel = Annotated[
+    str,
+    typer.Option(
+        help="Who finds the plans of --policy drift, drift-selfish and splitwise: exact (a search) or learned (a "
+        "network proposes, each is priced exactly; two workers and more).",
+        show_default="learned with two workers and more",
+    ),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result there, too.")]
 Wire = Annotated[WirePrecision, typer.Option(help="Activations on the wire.")]
 

@@ -11,7 +11,8 @@ import typer
 from rich.markup import escape
 
 from splitwise_llm.cli.decision_map import write_map
-from splitwise_llm.cli.options import JsonFile, app, out, write_json
+from splitwise_llm.cli.levels import compared
+from splitwise_llm.cli.options import JsonFile, LowLevel, app, out, write_json
 from splitwise_llm.cli.output import whole
 from splitwise_llm.cli.seeking import Progress, Seeker
 from splitwise_llm.cli.turned import turned
@@ -31,11 +32,12 @@ from splitwise_llm.cost import (
 )
 from splitwise_llm.decision import Decision
 from splitwise_llm.errors import RequestError, SplitwiseError
-from splitwise_llm.observation import EVERYTHING, PLAIN, MachineView, Observation, Tools
+from splitwise_llm.observation import EVERYTHING, PLAIN, MachineView, Observation, Policy, Tools
 from splitwise_llm.plan import DEVICE
-from splitwise_llm.policies import POLICIES, find_policy
+from splitwise_llm.policies import POLICIES, find_policy, with_low_level
 from splitwise_llm.policies.bounds import least_total_s
 from splitwise_llm.policies.explain import Flip, Question, Sensitivity, sensitivities
+from splitwise_llm.policies.low_level import Level, level_for, parse_level
 from splitwise_llm.policies.mind import Splitwise
 from splitwise_llm.policies.objective import Latency
 from splitwise_llm.policies.planners import Planner
@@ -70,9 +72,16 @@ def plan(
     ] = None,
     request: Annotated[str, typer.Option(help="Prompt/output tokens.")] = "128/128",
     floor: Annotated[str, typer.Option(help="First+last layers that stay on the device, as in 2+2.")] = "",
-    policy: Annotated[str, typer.Option(help="Show this planner's choice first.")] = "",
+    policy: Annotated[
+        str, typer.Option(help="Show this planner's choice first; splitwise:FILE with weights that `train` made.")
+    ] = "",
+    low_level: LowLevel = "",
     explain: Annotated[
-        bool, typer.Option(help="With --policy splitwise: the knobs it turned, and the plain solver beside it.")
+        bool,
+        typer.Option(
+            help="Who found the plan of --policy splitwise or drift, and what the other low level would have; of "
+            "splitwise also the knobs it turned, and the plain solver beside it."
+        ),
     ] = False,
     map_file: Annotated[
         Path | None, typer.Option("--map", help="With --policy splitwise: a figure of its decisions over RTT and load.")
@@ -94,12 +103,14 @@ def plan(
     """Price every partition of a model over given machines: the best, each planner's, and what would change it."""
     if tools not in ("plain", "all"):
         raise RequestError(f"--tools {tools!r}: expected plain or all")
-    if policy:
-        find_policy(policy)
+    policies = _policies(policy, parse_level(low_level), 1 + len(cloud or []))
+    chosen = policies.get(policy)
     if map_file is not None and map_file.suffix not in (".png", ".svg", ".pdf"):
         raise RequestError(f"--map {map_file}: expected a file that ends in .png, .svg or .pdf")
-    if (explain or map_file) and policy != "splitwise":
-        raise RequestError("--explain and --map are for --policy splitwise, which turns knobs; others have only prices")
+    if map_file is not None and not isinstance(chosen, Splitwise):
+        raise RequestError("--map is for --policy splitwise, which turns knobs")
+    if explain and _drift(chosen) is None:
+        raise RequestError("--explain is for --policy splitwise, drift and drift-selfish; others have only prices")
     spec, job = find_model(model), Job.parse(request)
     if job.prompt_tokens + job.tokens_out > spec.max_context:
         raise RequestError(
@@ -114,8 +125,7 @@ def plan(
     asked = _asked(world, job, _limits(floor, spec), batch, parse_seconds(wait), tools == "all")
     _say_what_is_assumed(asked, model, tools, acceptance)
     with whole(json_file) as part, Progress() as progress:
-        _answer(asked, policy, budget, progress, part, explain=explain)
-        chosen = find_policy(policy) if policy else None
+        _answer(asked, policies, policy, budget, progress, part, explain=explain)
         if map_file is not None and isinstance(chosen, Splitwise):
             progress.say("decisions over round-trip times and loads")
             with whole(map_file) as drawn:
@@ -124,6 +134,22 @@ def plan(
                     chosen, asked.observation, f"{model} on {edge}, {request} tokens", drawn, map_file.suffix[1:]
                 )
             out.print(f"{count} decisions over round-trip time and load: {map_file}", markup=False)
+
+
+def _policies(named: str, low: Level | None, machines: int) -> dict[str, Policy]:
+    """Everyone's row, and who is named, with the low level that was asked for. Raises RequestError."""
+    level_for(low, machines)
+    policies = {name: one for name, (_, one) in POLICIES.items()}
+    if named:
+        policies[named] = with_low_level(find_policy(named), low)
+    return {name: with_low_level(one, low) if _drift(one) else one for name, one in policies.items()}
+
+
+def _drift(policy: Policy | None) -> Planner | None:
+    """Whose low level it is to choose for a policy; None: there is no choice."""
+    if isinstance(policy, Splitwise):
+        return policy.drift
+    return policy if isinstance(policy, Planner) and policy.has_levels else None
 
 
 def _links(texts: Sequence[str], workers: int, mesh: bool) -> dict[tuple[int, int], LinkSpec]:
@@ -202,8 +228,9 @@ def _say_what_is_assumed(asked: _Asked, model: str, tools: str, acceptance: floa
 
 
 def _answer(
-    asked: _Asked, policy: str, budget_s: float, progress: Progress, json_file: Path | None, *, explain: bool = False
-) -> None:
+    asked: _Asked, policies: Mapping[str, Policy], policy: str, budget_s: float, progress: Progress,
+    json_file: Path | None, *, explain: bool = False,
+) -> None:  # fmt: skip
     tools = asked.observation.tools
     solver = Seeker(asked.world, asked.job, tools, asked.limits, budget_s, progress)
     conditions = asked.world.conditions(asked.loads)
@@ -215,18 +242,23 @@ def _answer(
     best = priced(solution.best.decision)
     other = priced(solution.runner_up.decision) if solution.runner_up else None
     choices, hurried = {}, []
-    for name in POLICIES:
+    for name, one in policies.items():
         progress.say(f"what {name} would choose")
+        hurry = is_spent and name != policy and _searches_alone(one, asked)
         choices[name] = (
-            _choice(name, asked, solver) if not is_spent or name == policy else _in_time(name, asked, solver)
+            f"not asked, as its own search would not end in time; --policy {name} asks it"
+            if hurry
+            else _choice(one, asked, solver)
         )
         hurried += [name] if solver.is_spent else []
     prices = {name: priced(choice) if isinstance(choice, Decision) else choice for name, choice in choices.items()}
     if policy:
         _show(f"{policy} chooses", prices[policy], asked)
-        chosen = find_policy(policy)
-        if explain and isinstance(chosen, Splitwise) and not isinstance(prices[policy], str):
-            for line in turned(chosen, asked.observation, asked.names):
+        chosen = policies[policy]
+        if explain and not isinstance(prices[policy], str):
+            lines = turned(chosen, asked.observation, asked.names) if isinstance(chosen, Splitwise) else ()
+            drift = _drift(chosen)
+            for line in (*lines, *(compared(drift, asked.observation, asked.names, solver) if drift else ())):
                 out.print(line, markup=False)
     _show("best", best, asked)
     least_s = least_total_s(asked.world, asked.job, tools, asked.limits, conditions)
@@ -262,6 +294,7 @@ def _answer(
             "at_most_above": above,
             "in_time": not is_spent,
             "policies_not_in_time": hurried,
+            "low_level": _level(policies["drift"], asked),
             "best": _data(best, asked),
             "runner_up": other and _data(other, asked),
             "policies": {
@@ -283,17 +316,20 @@ def _unproven(solution: Solution, above: float, spent_s: float | None) -> str:
     return f"(best of {solution.considered} cuts and U-shapes; halves divided between machines {divided}; {bound})"
 
 
-def _in_time(name: str, asked: _Asked, solver: Seeker) -> Decision | str:
-    """The same where the search is too long for the budget: who searches beside it is left out."""
-    if isinstance(POLICIES[name][1], (Splitwise, Tuned)):
-        return f"not asked, as its own search would not end in time; --policy {name} asks it"
-    return _choice(name, asked, solver)
+def _level(policy: Policy, asked: _Asked) -> Level:
+    """Who finds a policy's plans; of one that has no choice, who would unless somebody were asked for."""
+    drift = _drift(policy)
+    return drift.level(asked.world) if drift else level_for(None, len(asked.world.hosts))
 
 
-def _choice(name: str, asked: _Asked, solver: Seeker) -> Decision | str:
+def _searches_alone(policy: Policy, asked: _Asked) -> bool:
+    """Whether a policy searches on its own, which the budget does not end."""
+    return isinstance(policy, (Splitwise, Tuned)) and _level(policy, asked) is Level.EXACT
+
+
+def _choice(policy: Policy, asked: _Asked, solver: Seeker) -> Decision | str:
     """What a policy chooses, or what forbids it any choice."""
     solver.is_spent = False
-    _, policy = POLICIES[name]
     try:
         if isinstance(policy, Planner):
             return policy.decide(asked.observation, solver)

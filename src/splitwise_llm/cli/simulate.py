@@ -34,7 +34,7 @@ def simulate(
     policy: Annotated[
         str,
         typer.Option(
-            help="Who decides, as in cloud-only, neurosurgeon or drift.",
+            help="Who decides, as in cloud-only, neurosurgeon or drift; splitwise:FILE with weights that `train` made.",
             show_default="drift; with --from-records only those who decided live",
         ),
     ] = "",

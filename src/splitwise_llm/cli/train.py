@@ -101,7 +101,8 @@ def _lived(files: list[Path]) -> list[Course]:
     for one in courses_from_records(files):
         params = replace(Replay(one).params, sample_s=NEVER_S)
         guide = Guide(one.tools, one.scenario.limits, arrivals_per_s=one.case.per_s)
-        courses.append(Course(one.name, params, guide))
+        name = f"{one.name} ({len(one.requests)} requests in {one.recordings.up.period_s:.1f} s)"
+        courses.append(Course(name, params, guide))
     return courses
 
 

@@ -48,6 +48,7 @@ class Work:
 
 
 _SPENT = tuple(field.name for field in fields(Spending))
+_KIND = {name: n for n, name in enumerate(_SPENT)}
 
 
 class Table:
@@ -136,25 +137,28 @@ class Table:
     ) -> Prices:
         size = delays.shape[-1] // 3
         ttft, tpot, wait = delays[..., :size], delays[..., size : 2 * size], delays[..., 2 * size :]
-        token = _by_name(spent["token"], size)
+        kinds = (*delays.shape[:-1], len(_SPENT), size)
+        whole = later[..., None, :] * spent["token"].reshape(kinds)  # all kinds at a time: a live decision has one row
         if entry is None:
-            prompt = _by_name(spent["prompt"], size)
+            whole += spent["prompt"].reshape(kinds)
         else:
             ttft, wait = entry.seconds, np.zeros_like(entry.seconds)
-            device_j = entry.device_s * (self._device.prefill_w - self._device.idle_w)
-            prompt = {"device_s": entry.device_s, "cloud_s": entry.cloud_s, "device_j": device_j}
-            prompt["others_j"] = entry.cloud_s * self._recompute_w
-            prompt["usd"] = entry.cloud_s * self._recompute_usd
-        whole = {name: prompt.get(name, 0.0) + later * per_token for name, per_token in token.items()}
-        service = ttft + later * tpot
+            whole[..., _KIND["device_j"], :] += entry.device_s * (self._device.prefill_w - self._device.idle_w)
+            whole[..., _KIND["others_j"], :] += entry.cloud_s * self._recompute_w
+            whole[..., _KIND["usd"], :] += entry.cloud_s * self._recompute_usd
+            whole[..., _KIND["device_s"], :] += entry.device_s
+            whole[..., _KIND["cloud_s"], :] += entry.cloud_s
+        active_j, others_j, usd, device_s, up_s, down_s, cloud_s = (whole[..., n, :] for n in range(len(_SPENT)))
+        after = later * tpot
+        service = ttft + after
         total = wait + service
-        device_j = whole["device_j"] + self._device.idle_w * total
-        total_j = device_j + whole["others_j"] + others_idle_w * total
-        usd = whole["usd"] + self.world.tariff.usd_per_kwh * device_j / 3.6e6  # a rented machine's is in its rent
+        device_j = active_j + self._device.idle_w * total
+        total_j = device_j + others_j + others_idle_w * total
+        usd = usd + self.world.tariff.usd_per_kwh * device_j / 3.6e6  # a rented machine's is in its rent
         slots = slot_share * later * tpot
         return Prices(
             ttft, tpot, service, wait, total, device_j, total_j, usd, self._nats,
-            Work(whole["device_s"], whole["up_s"], whole["down_s"], whole["cloud_s"] + slots),
+            Work(device_s, up_s, down_s, cloud_s + slots),
         )  # fmt: skip
 
     @property
@@ -166,10 +170,6 @@ def _sums_of_maxima(forms: Floats, group_at: NDArray[np.intp], delay_at: NDArray
     groups = np.maximum.reduceat(forms, group_at, axis=-1)
     sums: Floats = np.add.reduceat(groups, delay_at, axis=-1)
     return sums
-
-
-def _by_name(spent: Floats, size: int) -> dict[str, Floats]:
-    return {name: spent[..., n * size : (n + 1) * size] for n, name in enumerate(_SPENT)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,6 +20,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from splitwise_llm.policies.features import COUNT
 from splitwise_llm.policies.guided import Constant
 from splitwise_llm.policies.knobs import NEUTRAL, SIZES
 from splitwise_llm.policies.mind import Mind
-from splitwise_llm.policies.network import Network
+from splitwise_llm.policies.network import NAMES, Network
 from splitwise_llm.sim.draws import draw
 from splitwise_llm.sim.episode import simulate
 from splitwise_llm.sim.scenarios import TRAIN
@@ -232,6 +233,9 @@ def begin_at(model: MaskablePPO, start: Network) -> None:
     )  # fmt: skip
     with torch.no_grad():
         for mine, theirs in pairs:
+            if mine.shape != theirs.shape:
+                sizes = f"hidden {start.gru_hidden.shape[1]} and width {start.second.shape[0]}"
+                raise SpecError(f"the weights to begin at are of {sizes}; give a --config FILE that says so, too")
             mine.copy_(torch.as_tensor(theirs))
 
 
@@ -261,9 +265,9 @@ def imitate(model: MaskablePPO, taught: Sequence[Lesson], steps: int, seed: int)
 class Validation:
     """Courses set apart, and what exact drift plus penalty costs on them."""
 
-    def __init__(self, config: Config, processes: int = 1) -> None:
+    def __init__(self, config: Config, processes: int = 1, more: Sequence[Course] = ()) -> None:
         self._cases = []
-        for number, one in enumerate(courses(VALIDATION_SEED, config.validation, processes)):
+        for number, one in enumerate([*courses(VALIDATION_SEED, config.validation, processes), *more]):
             requests = max(2 * config.requests // one.params.num_devices, 8)
             traces = draw(one.params, VALIDATION_SEED + number, range(6), requests)
             self._cases.append((one, traces, self._cost(one, traces, None)))
@@ -279,7 +283,7 @@ class Validation:
     def gain(self, mind: Network) -> tuple[float, list[float]]:
         """How much less the network costs, as mean of logs over the courses; and each course's share."""
         each = [1 - self._cost(course, traces, mind) / cost for course, traces, cost in self._cases]
-        return float(np.mean(np.log1p(-np.minimum(each, 0.99)))) * -1.0, each
+        return 0.0 - float(np.mean(np.log1p(-np.minimum(each, 0.99)))), each
 
     @property
     def names(self) -> list[str]:
@@ -291,20 +295,21 @@ def train(
     processes: int = 1, device: str = "cpu",
 ) -> Path:  # fmt: skip
     """Learn, or go on learning what `folder` holds; the file of the best weights. `start` are weights to begin at in
-    place of neutral knobs, `more` are courses to learn in beside those that are drawn; so many `processes`
-    simulate, and the network learns on `device`.
+    place of neutral knobs, `more` are courses to learn in beside those that are drawn, which choose among the weights
+    beside those that are set apart, too: else what is learned of them is kept only if it helps elsewhere. So many
+    `processes` simulate, and the network learns on `device`.
 
     Raises SpecError where the folder holds another run.
     """
     torch.set_num_threads(1)  # other numbers sum in another order, and two are no faster for so small a network
     torch.manual_seed(config.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    state = _state(config, folder)
-    tell(f"{config.courses} courses are drawn")
+    state = _state(config, folder, _origin(start, more))
+    tell(f"{config.courses} courses are drawn" + (f" beside {', '.join(one.name for one in more)}" if more else ""))
     drawn = courses(TRAIN.seed + config.seed, config.courses, processes)
     given = ([*drawn, *more], config.worlds, config.seed, config.requests)
     env = ParallelEnv(*given, processes) if processes > 1 else CourseEnv(*given)
-    validation = Validation(config, processes)
+    validation = Validation(config, processes, more)
     model = learner(config, env, device)
     if start is not None:
         begin_at(model, start)
@@ -340,7 +345,15 @@ def train(
         model.logger.dump((update + 1) * config.steps * env.num_envs)
     env.close()
     model.logger.close()
+    if start is not None and state["best"] == state["curve"][0][1]:
+        tell("nothing that was learned saves more than the weights it began at: those are kept")
     return folder / "splitwise.npz"
+
+
+def _origin(start: Network | None, more: Sequence[Course]) -> dict[str, Any]:
+    """Where a run began and what it was given, so that another one is not taken for it."""
+    digest = start and sha256(b"".join(getattr(start, name).tobytes() for name in NAMES)).hexdigest()
+    return {"start": digest, "given": [one.name for one in more]}
 
 
 def _taught(
@@ -380,16 +393,22 @@ def _validate(
     tell(f"saves {100 * gain:+.2f} % of drift's cost on courses set apart (best {100 * state['best']:+.2f} %)")
 
 
-def _state(config: Config, folder: Path) -> dict[str, Any]:
+def _state(config: Config, folder: Path, origin: dict[str, Any]) -> dict[str, Any]:
     """What a run has come to. Raises SpecError where the folder holds another one."""
     file = folder / "state.json"
     if not file.exists():
-        begun: dict[str, Any] = {"config": asdict(config), "updates": 0, "best": None, "curve": []}
+        begun: dict[str, Any] = {
+            "config": asdict(config), "origin": origin, "updates": 0, "best": None, "curve": [],
+        }  # fmt: skip
         file.write_text(json.dumps(begun))  # what is kept from now on is of this configuration
         return begun
     state: dict[str, Any] = json.loads(file.read_text())
     if state["config"] != asdict(config):
         raise SpecError(f"{folder} holds a run with another configuration; give another folder, or delete it")
+    if state.get("origin", _origin(None, ())) != origin:
+        raise SpecError(
+            f"{folder} holds a run that began at other weights or records; give another --out, or --fresh to begin anew"
+        )
     return state
 
 

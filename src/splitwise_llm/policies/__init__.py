@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path
 
 from splitwise_llm.errors import RequestError
 from splitwise_llm.observation import Policy
+from splitwise_llm.policies.low_level import Level
 from splitwise_llm.policies.mind import Splitwise
+from splitwise_llm.policies.network import Network
 from splitwise_llm.policies.per_layer import PerLayer
 from splitwise_llm.policies.pipelines import EdgeShard, Program
-from splitwise_llm.policies.planners import PLANNERS
+from splitwise_llm.policies.planners import PLANNERS, Planner
 from splitwise_llm.policies.splitting import LayerSplitting
 from splitwise_llm.policies.tuned import Tuned
 
@@ -27,7 +31,11 @@ POLICIES: dict[str, tuple[str, Policy]] = {planner.name: (planner.says, planner)
 
 
 def find_policy(name: str) -> Policy:
-    """A policy by its name. Raises RequestError that suggests the nearest."""
+    """A policy by its name; `splitwise:FILE` with weights of one's own. Raises RequestError that suggests the nearest,
+    ModelError for what are no such weights."""
+    known, colon, file = name.partition(":")
+    if colon and known == "splitwise":
+        return Splitwise(name, Network.load(Path(file)))
     if name not in POLICIES:
         near = get_close_matches(name, POLICIES, 1, 0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -35,4 +43,16 @@ def find_policy(name: str) -> Policy:
     return POLICIES[name][1]
 
 
-__all__ = ["POLICIES", "find_policy"]
+def with_low_level(policy: Policy, low: Level | None) -> Policy:
+    """The policy with who finds its plans, if somebody was asked for. Raises RequestError for one without a choice."""
+    if low is None:
+        return policy
+    if isinstance(policy, Splitwise) or (isinstance(policy, Planner) and policy.has_levels):
+        return replace(policy, low=low)
+    able = [
+        name for name, (_, one) in POLICIES.items() if isinstance(one, Splitwise) or getattr(one, "has_levels", False)
+    ]
+    raise RequestError(f"--low-level is for --policy {', '.join(able[:-1])} and {able[-1]}; no other has two of them")
+
+
+__all__ = ["POLICIES", "find_policy", "with_low_level"]

@@ -66,6 +66,7 @@ class Entries:
         self._uses = np.array([[m in one.partition.machines for m in machines] for one in self._firsts])
         self._waits = np.array([world.basis.wait(m) for m in machines])
         self._patterns: OrderedDict[Pattern, tuple[_Ways, _Ways]] = OrderedDict()
+        self._latest: tuple[Pattern, tuple[_Ways, _Ways]] | None = None
         self.misses = 0
         """Patterns that were priced."""
 
@@ -95,15 +96,19 @@ class Entries:
 
     def _ways(self, holdings: Holdings, context: int, last: int) -> tuple[_Ways, _Ways]:
         key = tuple(_pattern(held, context) for held in holdings.machines)
-        kept = self._patterns.get(key)
+        is_latest = self._latest is not None and self._latest[0] == key  # mostly; hashing it takes longer
+        kept = self._latest[1] if is_latest and self._latest else self._patterns.get(key)
         if kept is not None and kept[0].context <= context <= kept[1].context:
-            self._patterns.move_to_end(key)
+            if not is_latest:
+                self._patterns.move_to_end(key)
+                self._latest = key, kept
             return kept
         self.misses += 1
         one = self._priced(holdings, context)
         other = self._priced(_grown(holdings, context, last), last) if last > context else one
         if any(len(a) != len(b) for a, b in zip(one.gaps, other.gaps, strict=True)):
             other = one  # lacking something else: as it is now, until it has grown
+        self._latest = key, (one, other)
         self._patterns[key] = one, other
         if len(self._patterns) > KEPT:
             self._patterns.popitem(last=False)

@@ -58,12 +58,12 @@ def features(priced: Priced, *, forecasts: bool = True) -> NDArray[np.float32]:
     t, count = penalty.t_ref_s, len(priced.least)
     n = np.arange(count)
     past = menu.past or Past.nothing(count)
-    raw, at = np.empty((count, COUNT)), 0
+    raw, at = np.empty((COUNT, count)), 0
 
-    def put(*columns: NDArray[np.generic] | float) -> None:
+    def put(*rows: NDArray[np.generic] | float) -> None:
         nonlocal at
-        for column in columns:
-            raw[:, at] = column
+        for row in rows:
+            raw[at] = row
             at += 1
 
     x = menu.conditions
@@ -78,29 +78,27 @@ def features(priced: Priced, *, forecasts: bool = True) -> NDArray[np.float32]:
     put(penalty.w_energy, menu.table.world.drafter.acceptance)
     prices, best = priced.prices, priced.best
     service = prices.service_s[n, best] + prices.wait_s[n, best]
-    put(forecast.outage_left_s(past) / t, forecast.outage_mean_s(past) / t)
-    put(forecast.outage_within(past, np.full(count, t)), forecast.outage_within(past, service))
+    put(*(seconds / t for seconds in forecast.outages_s(past)))
+    put(*forecast.outage_within(past, np.stack([np.full(count, t), service])))
     put(*forecast.rate_ratio(past).T)
     here = prepared.classes[np.maximum(menu.current, 0)]
     unit = priced.bound - priced.least
-    for number in range(len(CLASSES)):
-        of_class = np.where(prepared.classes == number, priced.d1, np.inf)
-        one = of_class.argmin(axis=1)
-        least = of_class[n, one]
-        there = np.isfinite(least)
-        entry = np.where(priced.fresh, 0.0, menu.entry_s[n, one] / t)
-        put(there)
-        some = (
-            np.where(there, least - priced.least, 0.0) / unit, prices.service_s[n, one] / t,
-            prices.work.device_s[n, one] / t, prices.work.cloud_s[n, one] / t,
-            prices.device_j[n, one] / penalty.e_ref_j, entry,
-        )  # fmt: skip
-        put(*(np.where(there, value, _FAR) for value in some))
-        put(~priced.fresh & (here == number))
-    raw[:, _OPEN] = _squashed(raw[:, _OPEN])
+    one, least = priced.best_of_class, priced.least_of_class  # (classes, systems), as all that follows
+    there = np.isfinite(least)
+    best_of = raw[at:].reshape(len(CLASSES), len(OF_CLASS), count)
+    some = (
+        np.where(there, least - priced.least, 0.0) / unit, prices.service_s[n, one] / t,
+        prices.work.device_s[n, one] / t, prices.work.cloud_s[n, one] / t,
+        prices.device_j[n, one] / penalty.e_ref_j, np.where(priced.fresh, 0.0, menu.entry_s[n, one] / t),
+    )  # fmt: skip
+    best_of[:, 0] = there
+    for number, value in enumerate(some, 1):
+        best_of[:, number] = np.where(there, value, _FAR)
+    best_of[:, -1] = ~priced.fresh & (here == np.arange(len(CLASSES))[:, None])
+    raw[_OPEN] = _squashed(raw[_OPEN])
     if not forecasts:
-        raw[:, FORECASTS] = 0.0
-    return np.concatenate([raw, _epochs(past, t).reshape(count, -1)], axis=1).astype(np.float32)
+        raw[FORECASTS, :] = 0.0
+    return np.concatenate([raw.T, _epochs(past, t).reshape(count, -1)], axis=1).astype(np.float32)
 
 
 def _epochs(past: Past, t: float) -> Floats:

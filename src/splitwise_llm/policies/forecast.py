@@ -37,18 +37,14 @@ def _left(mean: Floats, spread: Floats, since_s: Floats) -> Floats:
     return random * mean + (1 - random) * np.maximum(mean - since_s, 0.0)
 
 
-def outage_left_s(past: Past) -> Floats:
-    """(systems,): for how long the link is expected to stay away; 0 where it is there."""
-    return np.where(past.is_down, _left(*_moments(past.outages, OUTAGE_S), past.since_s), 0.0)
-
-
-def outage_mean_s(past: Past) -> Floats:
-    """(systems,)"""
-    return _moments(past.outages, OUTAGE_S)[0]
+def outages_s(past: Past) -> tuple[Floats, Floats]:
+    """(systems,) each: for how long the link is expected to stay away, 0 where it is there; and the mean of outages."""
+    mean, spread = _moments(past.outages, OUTAGE_S)
+    return np.where(past.is_down, _left(mean, spread, past.since_s), 0.0), mean
 
 
 def outage_within(past: Past, seconds: Floats) -> Floats:
-    """(systems,): probability that the link is lost within so long; 1 where it is lost."""
+    """(..., systems): probability that the link is lost within so long; 1 where it is lost."""
     left = np.maximum(_left(*_moments(past.gaps, GAP_S), past.since_s), 1e-3)
     return np.where(past.is_down, 1.0, -np.expm1(-seconds / left))
 

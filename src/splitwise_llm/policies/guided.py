@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from splitwise_llm.cost import Entry, Limits, Prices, Table, Work, bill
 from splitwise_llm.errors import BrokenInvariant
-from splitwise_llm.lyapunov import Budgets, Penalty
+from splitwise_llm.lyapunov import Budgets, Penalty, Terms
 from splitwise_llm.observation import Menu, Tools
 from splitwise_llm.plan import DEVICE
-from splitwise_llm.policies.knobs import HEADS, ODDS, SIZES, Constants, Knobs, Mode
+from splitwise_llm.policies.knobs import ODDS, SIZES, Constants, Knobs, Mode
 from splitwise_llm.policies.objective import DriftPlusPenalty
 from splitwise_llm.policies.planners import typical
 
@@ -33,7 +33,8 @@ REFUSE = STAY = -1
 LATER = -2
 CLASSES = (Mode.EDGE, Mode.CLOUD, Mode.BOTH)
 """Which machines a plan uses; a table's plans are divided among these modes."""
-_WHERE = {name: n for n, (name, _) in enumerate(HEADS)}
+_WAIT, _REFUSED = int(Mode.WAIT), int(Mode.SHED)
+"""Plain numbers: numpy looks for a dozen attributes in a member of an enum each time it is compared with an array."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +46,8 @@ class Prepared:
     """(plans,): made with the tools there are."""
     classes: Ints
     """(plans,): number in `CLASSES`."""
+    of_class: Bools
+    """(classes, 1, plans): the same, to be laid over systems."""
     drafts: Bools
     """(plans,): whether it drafts."""
     penalty: Penalty
@@ -58,6 +61,8 @@ class Priced:
     menu: Menu
     prepared: Prepared
     prices: Prices
+    terms: Terms
+    """Of the objective, whatever the knobs weigh."""
     d1: Floats
     """(systems, plans): D at nominal prices; inf where a plan cannot be chosen."""
     best: Ints
@@ -71,6 +76,10 @@ class Priced:
     later_d1: Floats
     """(systems,): of asking again later."""
     shed_d1: float
+    best_of_class: Ints
+    """(classes, systems): the plan of each class of which D1 is least; any where none of it can be chosen."""
+    least_of_class: Floats
+    """(classes, systems): its D1."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,10 +123,12 @@ class Guide:
             penalty, weights = typical(world, job, self.tools, self.limits, self.arrivals_per_s)
             energy = self.w_energy * penalty.e_ref_j / penalty.t_ref_s
             machines = [decision.partition.machines for decision in decisions]
+            classes = np.array([0 if m == {DEVICE} else 2 if DEVICE in m else 1 for m in map(set, machines)])
             kept = Prepared(
                 table,
                 np.array([self.tools.allow(decision) for decision in decisions]),
-                np.array([0 if m == {DEVICE} else 2 if DEVICE in m else 1 for m in map(set, machines)]),
+                classes,
+                classes == np.arange(len(CLASSES))[:, None, None],
                 np.array([decision.draft > 0 for decision in decisions]),
                 replace(penalty, v=self.v, w_energy=energy),
                 weights * self.v,
@@ -132,15 +143,17 @@ class Guide:
         prices = self._prices(menu, prepared.table, None)
         usable = menu.admissible & prepared.allowed
         usable = np.where(usable.any(axis=1, keepdims=True), usable, prepared.allowed)
-        d1 = np.where(usable, self._values(menu, prepared, prices, None), np.inf)
+        terms = self._terms(menu, prepared, prices)
+        d1 = np.where(usable, terms.objective(prepared.weights, menu.virtual[:, None, :]), np.inf)
         best = d1.argmin(axis=1)
         least = d1[np.arange(len(best)), best]
+        of_class = np.where(prepared.of_class, d1, np.inf)
         unit = self.v / prepared.penalty.t_ref_s
         return Priced(
-            menu, prepared, prices, d1, best, least,
+            menu, prepared, prices, terms, d1, best, least,
             least + self.eta * np.abs(least) + self.slack * self.v, fresh,
             np.where(fresh, least + unit * (menu.waited_s + self.epoch_s), self._staying(d1, menu, least)),
-            unit * self.t_max_s,
+            unit * self.t_max_s, of_class.argmin(axis=2), of_class.min(axis=2),
         )  # fmt: skip
 
     @staticmethod
@@ -151,10 +164,8 @@ class Guide:
     def masks(self, priced: Priced) -> Bools:
         """(systems, values of all heads side by side): what may be turned to. Neutral always may."""
         masks = np.ones((len(priced.least), sum(SIZES)), np.bool_)
-        for number, mode in enumerate(CLASSES):
-            of_class = priced.d1[:, priced.prepared.classes == number]
-            reach = of_class.min(axis=1) if of_class.shape[1] else np.full(len(masks), np.inf)
-            masks[:, mode] = reach <= priced.bound
+        for mode, least in zip(CLASSES, priced.least_of_class, strict=True):
+            masks[:, mode] = least <= priced.bound
         masks[:, Mode.RACE] = masks[:, Mode.SHADOW] = False
         masks[:, Mode.WAIT] = priced.later_d1 <= priced.bound
         masks[:, Mode.SHED] = priced.fresh & (priced.shed_d1 <= priced.bound)
@@ -165,14 +176,15 @@ class Guide:
         n = np.arange(len(priced.least))
         wanted = self._wanted(priced, knobs)
         d1 = priced.d1[n, np.maximum(wanted, 0)]
-        d1 = np.where(knobs.mode == Mode.WAIT, priced.later_d1, d1)
+        d1 = np.where(knobs.mode == _WAIT, priced.later_d1, d1)
         d1 = np.where(wanted == _SHED, priced.shed_d1, d1)
         kept = ~(d1 <= priced.bound)
         done = np.where(kept, priced.best, wanted)
         d1 = np.where(kept, priced.least, d1)
         if not (d1 <= priced.bound).all():
             raise BrokenInvariant("a decision would cost more than the bound of the safety filter")
-        return Guided(self._answer(priced, done), self._answer(priced, wanted), kept, d1)
+        answer = self._answer(priced, done)
+        return Guided(answer, self._answer(priced, wanted) if kept.any() else answer, kept, d1)
 
     def choose(self, menu: Menu, knobs: Knobs | None = None) -> Ints:
         """With neutral knobs exact drift plus penalty, as `drift` among the policies."""
@@ -188,18 +200,23 @@ class Guide:
             some, turned = (menu, knobs) if len(kinds) == 1 else (menu.at(at), knobs.at(at))
             table = self._table_with(prepared.table, odds)
             plain = table is prepared.table and (turned.patience == 1.0).all()
-            known = priced.prices if len(kinds) == 1 or not plain else _rows(priced.prices, at)
-            prices = known if plain else self._prices(some, table, turned.patience)
-            values[at] = self._values(some, prepared, prices, turned)
+            if plain:
+                terms = priced.terms if len(kinds) == 1 else _rows(priced.terms, at)
+            else:
+                terms = self._terms(some, prepared, self._prices(some, table, turned.patience))
+            scale = np.stack([turned.device, turned.link, turned.link, turned.cloud], axis=-1)[:, None, :]
+            virtual = some.virtual[:, None, :] * turned.budgets[:, None, None]
+            values[at] = terms.objective(prepared.weights * scale, virtual)
         values = np.where(np.isfinite(priced.d1), values, np.inf)
+        modes = set(knobs.mode.tolist())
         for number, mode in enumerate(CLASSES):
-            only = knobs.mode == mode
-            if only.any():
+            if mode in modes:
+                only = knobs.mode == int(mode)
                 there = np.where(prepared.classes == number, values[only], np.inf)
                 values[only] = np.where(np.isfinite(there).any(axis=1, keepdims=True), there, values[only])
         wanted = values.argmin(axis=1)
-        wanted = np.where(knobs.mode == Mode.WAIT, LATER, wanted)
-        result: Ints = np.where((knobs.mode == Mode.SHED) & priced.fresh, _SHED, wanted)
+        wanted = np.where(knobs.mode == _WAIT, LATER, wanted)
+        result: Ints = np.where((knobs.mode == _REFUSED) & priced.fresh, _SHED, wanted)
         return result
 
     @staticmethod
@@ -226,16 +243,12 @@ class Guide:
             return running
         return _where(fresh, table.at(menu.conditions, later), running)
 
-    def _values(self, menu: Menu, prepared: Prepared, prices: Prices, knobs: Knobs | None) -> Floats:
-        weights, virtual = prepared.weights, menu.virtual[:, None, :]
-        if knobs is not None:
-            scale = np.stack([knobs.device, knobs.link, knobs.link, knobs.cloud], axis=-1)[:, None, :]
-            weights, virtual = weights * scale, virtual * knobs.budgets[:, None, None]
+    def _terms(self, menu: Menu, prepared: Prepared, prices: Prices) -> Terms:
         objective = DriftPlusPenalty(
-            prepared.penalty, weights, menu.queues[:, None, :], virtual, self.budgets,
+            prepared.penalty, prepared.weights, menu.queues[:, None, :], menu.virtual[:, None, :], self.budgets,
             menu.remaining_tokens[:, None], menu.waited_s[:, None], menu.past.waiting[:, None] if menu.past else 0.0,
         )  # fmt: skip
-        return objective.value(prices)
+        return objective.terms(prices)
 
     def _table_with(self, table: Table, odds: float) -> Table:
         """The same plans, if a drafted token were accepted at other odds."""
@@ -253,8 +266,8 @@ class Guide:
 _SHED = -3
 
 
-def _rows(prices: Prices, at: Ints) -> Prices:
-    return _each(lambda value: value[at] if value.ndim > 1 else value, prices)
+def _rows(terms: Terms, at: Ints) -> Terms:
+    return Terms(terms.paid[at], terms.added[at], terms.g[at])
 
 
 def _where(which: Bools, these: Prices, those: Prices) -> Prices:

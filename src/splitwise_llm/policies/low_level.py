@@ -19,6 +19,8 @@ from splitwise_llm.policies.proposer import Proposer, Prospect, Weights, polishe
 from splitwise_llm.policies.runs import Runs, Sheet
 from splitwise_llm.policies.solver import solver_for
 
+FEWEST = 3
+"""Machines from which on the learned low level decides unless the exact one is asked for."""
 Way = tuple[WirePrecision, int | None, int]
 """On the wire, prefill chunk, draft."""
 
@@ -236,8 +238,25 @@ def shipped() -> Proposer:
     return Proposer(Weights.load())
 
 
-def find_level(name: str) -> LowLevel:
-    """By the name of the switch. Raises RequestError for another."""
-    if name not in tuple(Level):
-        raise RequestError(f"unknown low level {name!r}; it is {' or '.join(Level)}")
-    return Exact() if name == Level.EXACT else Learned(shipped())
+def parse_level(text: str) -> Level | None:
+    """By the name of the switch; None for no name. Raises RequestError for another."""
+    if text and text not in tuple(Level):
+        raise RequestError(f"unknown low level {text!r}; it is {' or '.join(Level)}")
+    return Level(text) if text else None
+
+
+def level_for(asked: Level | None, machines: int) -> Level:
+    """Which one answers for so many machines where nobody, or somebody, has asked for one. The exact search of two is
+    quick and leaves nothing out; of more it takes half a second or seconds, and is not exact for a large model, where
+    the learned one comes as near to the best that is known or nearer. Raises RequestError."""
+    if asked is Level.LEARNED and machines < FEWEST:
+        raise RequestError(
+            f"the learned low level is for {FEWEST} machines and more, and {'2 are' if machines == 2 else '1 is'} "
+            "given, whose plans the exact search tries quickly: leave out --low-level, or name more workers"
+        )
+    return asked or (Level.LEARNED if machines >= FEWEST else Level.EXACT)
+
+
+def find_level(level: Level) -> LowLevel:
+    """Who answers. Raises SpecError without weights."""
+    return Exact() if level is Level.EXACT else Learned(shipped())

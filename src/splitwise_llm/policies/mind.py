@@ -25,15 +25,18 @@ from splitwise_llm.observation import Menu, Observation, Tools
 from splitwise_llm.policies.features import features
 from splitwise_llm.policies.guided import STAY, Guide, Guided, Priced
 from splitwise_llm.policies.knobs import HEADS, NEUTRAL, SIZES, Knobs, Mode
+from splitwise_llm.policies.low_level import Level
 from splitwise_llm.policies.network import Network
 from splitwise_llm.policies.one_session import Plans, Question, Shelf, Unfit, ask
-from splitwise_llm.policies.planners import PLANNERS
+from splitwise_llm.policies.planners import PLANNERS, Planner
 
 Ints = NDArray[np.int64]
 
 STALE_S = 30.0
 SHIPPED = "policies/splitwise.npz"
-_SPLITS = np.cumsum(SIZES)[:-1]
+_HEADS = [slice(sum(SIZES[:n]), sum(SIZES[: n + 1])) for n in range(len(SIZES))]
+"""Where the logits of each head are."""
+_NEUTRAL = np.array(NEUTRAL)
 
 
 @lru_cache(maxsize=1)
@@ -45,7 +48,7 @@ def shipped() -> Network:
 def best_actions(logits: NDArray[np.float32], masks: NDArray[np.bool_]) -> Ints:
     """(systems, heads): the likeliest value of each head that is not masked."""
     logits = np.where(masks, logits, -np.inf)
-    return np.stack([part.argmax(axis=1) for part in np.split(logits, _SPLITS, axis=1)], axis=1)
+    return np.array([logits[:, head].argmax(axis=1) for head in _HEADS]).T
 
 
 @dataclass(slots=True)
@@ -100,10 +103,10 @@ class Mind:
         outside = ~stale & self.network.is_outside(x)
         wild = ~stale & ~outside & ~np.isfinite(logits).all(axis=1)
         tally.decisions += len(x)
-        tally.stale += int(stale.sum())
-        tally.outside += int(outside.sum())
-        tally.not_finite += int(wild.sum())
-        return np.where((stale | outside | wild)[:, None], np.array(NEUTRAL), actions)
+        tally.stale += int(np.count_nonzero(stale))
+        tally.outside += int(np.count_nonzero(outside))
+        tally.not_finite += int(np.count_nonzero(wild))
+        return np.where((stale | outside | wild)[:, None], _NEUTRAL, actions)
 
     def judge(self, priced: Priced, actions: Ints) -> Guided:
         """What the actions lead to, filtered and counted."""
@@ -163,6 +166,8 @@ class Splitwise:
     name: str = "splitwise"
     weights: Network | None = None
     """None: the shipped ones."""
+    low: Level | None = None
+    """Who finds plans where there are more workers than its tables know; None: as `drift` has it."""
     _live: _Live = field(default_factory=_Live, repr=False, compare=False)
 
     def chooser(
@@ -209,8 +214,13 @@ class Splitwise:
             else:
                 mind = self._mind(network, plans, observation)
                 return _judged(question, mind if counts else replace(mind, tally=Tally()))
-        plain = _DRIFT.decide(observation)
+        plain = self.drift.decide(observation)
         return Judged(plain, plain, NEUTRAL, math.nan, math.nan, math.nan, why)
+
+    @property
+    def drift(self) -> Planner:
+        """Who decides where it has no table."""
+        return replace(_DRIFT, low=self.low)
 
     def _mind(self, network: Network, plans: Plans, observation: Observation) -> Mind:
         """With what it has made of a table, which goes when the table does."""
@@ -237,13 +247,13 @@ def _judged(question: Question, mind: Mind) -> Judged:
     after = mind.tally.stale, mind.tally.outside, mind.tally.not_finite
     here = question.present
     stuck = here < 0 or not question.menu.admissible[0, here]
-    if actions[0, 0] == Mode.SHED or (actions[0, 0] == Mode.WAIT and stuck):
-        actions[0, 0] = Mode.AUTO
+    mode = Mode(int(actions[0, 0]))
+    if mode is Mode.SHED or (mode is Mode.WAIT and stuck):
+        actions[0, 0] = mode = Mode.AUTO
     knobs = Knobs.of(actions)
     guided, action = mind.guide.guide(priced, knobs), tuple(actions[0].tolist())
     mind.tally.filtered += int(guided.kept[0])
     mind.tally.turned.update(_turned(action))
-    mode = Mode(int(knobs.mode[0]))
     best = int(priced.best[0])
     plain = question.decision(STAY if best == here else best, 1.0, shadow=False)
     decision = question.decision(int(guided.choice[0]), float(knobs.patience[0]), shadow=mode is Mode.SHADOW)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,10 +47,12 @@ class Network:
     high: Array
 
     def __post_init__(self) -> None:
-        wanted = {"heads": (sum(SIZES), self.second.shape[0]), "low": (COUNT,), "high": (COUNT,)}
-        wanted["gru_input"] = (self.gru_hidden.shape[0], len(SEEN))
-        wanted["first"] = (self.first.shape[0], COUNT + self.gru_hidden.shape[1])
-        for name, shape in wanted.items():
+        size, first, second = self.gru_hidden_bias.size // 3, self.first_bias.size, self.second_bias.size
+        shapes = (
+            (3 * size, len(SEEN)), (3 * size, size), (3 * size,), (3 * size,), (first, COUNT + size), (first,),
+            (second, first), (second,), (sum(SIZES), second), (sum(SIZES),), (COUNT,), (COUNT,),
+        )  # fmt: skip
+        for name, shape in zip(NAMES, shapes, strict=True):
             if getattr(self, name).shape != shape:
                 raise ModelError(
                     f"weights of the policy: {name} is {getattr(self, name).shape}, expected {shape}; made by another "
@@ -68,9 +71,11 @@ class Network:
     def load(cls, file: Path) -> Network:
         """Raises ModelError where the file is not what `save` writes."""
         try:
-            with np.load(file) as arrays:
+            with file.open("rb") as opened, np.load(opened) as arrays:  # one array alone is no context
                 return cls.of(arrays)
-        except (OSError, ValueError) as error:
+        except ModelError as error:
+            raise ModelError(f"{file}: {error}") from None
+        except (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile) as error:
             raise ModelError(f"{file}: no weights of a policy ({error}); make some with `splitwise train`") from error
 
     def save(self, file: Path) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from splitwise_llm import lyapunov
 from splitwise_llm.cost import Prices
-from splitwise_llm.lyapunov import Budgets, Penalty
+from splitwise_llm.lyapunov import Budgets, Penalty, Terms
 
 Floats = NDArray[np.float64]
 
@@ -73,9 +73,13 @@ class DriftPlusPenalty:
         return False
 
     def value(self, prices: Prices) -> Floats:
-        work = np.stack(
-            [prices.work.device_s, prices.work.up_s, prices.work.down_s, prices.work.cloud_s], axis=-1
-        )  # (..., plans, 4)
+        return self.terms(prices).objective(self.weights, self.virtual)
+
+    def terms(self, prices: Prices) -> Terms:
+        """All of it but the weights and the virtual queues."""
+        work = np.empty((*prices.total_s.shape, lyapunov.NUM_PHYSICAL))  # (..., plans, 4)
+        for n, seconds in enumerate((prices.work.device_s, prices.work.up_s, prices.work.down_s, prices.work.cloud_s)):
+            work[..., n] = seconds
         missed = np.zeros_like(prices.total_s)
         if self.budgets.deadline_s is not None:
             missed = (self.waited_s + prices.total_s > self.budgets.deadline_s).astype(float)
@@ -83,4 +87,4 @@ class DriftPlusPenalty:
         g = lyapunov.overspending(self.budgets, prices.device_j, missed, prices.nats, tokens)
         cost = self.penalty.c0(prices.service_s, prices.device_j, prices.nats)
         cost = cost + self.penalty.turn(prices.total_s, self.waiting)
-        return lyapunov.objective(self.penalty, cost, prices.wait_s, self.queues, work, self.weights, self.virtual, g)
+        return Terms.of(self.penalty, cost, prices.wait_s, self.queues, work, g)

@@ -22,8 +22,9 @@ from splitwise_llm.observation import Observation, Tools
 from splitwise_llm.partition import Partition
 from splitwise_llm.policies import rules
 from splitwise_llm.policies.in_flight import Running, decided_once, unmeasured
+from splitwise_llm.policies.low_level import Level, find_level, level_for
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
-from splitwise_llm.policies.solver import Solver, solver_for
+from splitwise_llm.policies.solver import Solver
 
 Floats = NDArray[np.float64]
 
@@ -56,6 +57,24 @@ class Planner:
     pressure: Pressure = Pressure.NONE
     by_rule: bool = False
     """Whether its partitions ask for no figures but memory: it also answers where nothing was measured."""
+    low: Level | None = None
+    """Who finds plans for rows of drift plus penalty; None: by the number of machines."""
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether there is a choice of who finds its plans: what names itself exact, or plans once, searches."""
+        return self.partitions is None and self.pressure is not Pressure.NONE
+
+    def level(self, world: World) -> Level:
+        """Who finds its plans for these machines. Raises RequestError where they cannot be those that were asked."""
+        return level_for(self.low, len(world.hosts)) if self.has_levels else Level.EXACT
+
+    def worth(self, observation: Observation, decision: Decision) -> float:
+        """The objective of a decision at admission; smaller is better."""
+        world = observation.world
+        assert world is not None
+        prices = Table(world, [bill(world, decision, observation.job)]).at(world.conditions(observation.loads))
+        return float(self._objective(observation).value(prices)[0])
 
     def decide(self, observation: Observation, solver: Solver | None = None) -> Decision:
         """The smallest objective among what this planner considers; in flight see `in_flight`, where rows that look at
@@ -80,19 +99,24 @@ class Planner:
         conditions = world.conditions(None if self.when is When.BEFORE else observation.loads)
         objective = self._objective(observation)
         if self.partitions is None:
-            solver = solver or solver_for(world, job, tools, limits)
-            return solver.solve(conditions, objective).best.decision
+            level = self.level(world)
+            if solver is not None and level is Level.EXACT:
+                return solver.solve(conditions, objective).best.decision
+            return find_level(level).propose(world, job, tools, limits, conditions, objective).decision
         return self._among(world, job, tools, limits, conditions, objective)
 
     def _onward(self, observation: Observation, solver: Solver | None = None) -> Decision:
         """In flight: the smallest objective of the rest of the request."""
         running = Running.of(observation)
-        objective, limits = self._objective(observation), running.limits
+        objective = self._objective(observation)
         if self.partitions is None:
-            solver = solver or solver_for(running.world, running.job, observation.tools, limits)
-            chosen = solver.onward(running, objective).decision
+            level = self.level(running.world)
+            if solver is not None and level is Level.EXACT:
+                chosen = solver.onward(running, objective).decision
+            else:
+                chosen = find_level(level).onward(running, observation.tools, objective).decision
         else:
-            ways = self._admissible(running.world, running.job, observation.tools, limits)
+            ways = self._admissible(running.world, running.job, observation.tools, running.limits)
             stay = [running.present] if running.is_possible(running.present) else []
             chosen = running.best(objective, [*stay, *ways])
         return running.answer(chosen)
