@@ -51,7 +51,10 @@ def test_an_int8_product_has_the_bits_of_oneDNN(
     rows: int, dtype: torch.dtype, outputs: int, inputs: int, exponent: float
 ) -> None:
     with packing():
-        torchs, ours = (linear_of(gaussian(outputs, inputs), Weights.INT8, dtype, kernels) for kernels in Kernels)
+        torchs, ours = (
+            linear_of(gaussian(outputs, inputs), Weights.INT8, dtype, kernels)
+            for kernels in (Kernels.TORCH, Kernels.COMPILED)
+        )
     assert isinstance(ours, Int8)
     assert ours._own is not None
     x = gaussian(rows, inputs, seed=1)
@@ -67,7 +70,10 @@ def test_an_int8_product_has_the_bits_of_oneDNN(
 def test_an_int4_row_is_exact_and_has_the_same_bits_whatever_rows_come_with_it(
     rows: int, dtype: torch.dtype, outputs: int, inputs: int
 ) -> None:
-    torchs, layer = (linear_of(gaussian(outputs, inputs), Weights.INT4, dtype, kernels) for kernels in Kernels)
+    torchs, layer = (
+        linear_of(gaussian(outputs, inputs), Weights.INT4, dtype, kernels)
+        for kernels in (Kernels.TORCH, Kernels.COMPILED)
+    )
     assert isinstance(layer, Int4)
     assert layer._own is not None
     assert torch.equal(layer.dequantised(), torchs.dequantised())
@@ -113,7 +119,9 @@ def test_what_is_no_number_stays_in_its_row(form: Weights) -> None:
 @served
 def test_a_table_projects_the_same_logits() -> None:
     weight, x = gaussian(5027, 256), gaussian(3, 256, seed=1)
-    tables = [table_of(weight, Weights.INT4, torch.float32, kernels=kernels) for kernels in Kernels]
+    tables = [
+        table_of(weight, Weights.INT4, torch.float32, kernels=kernels) for kernels in (Kernels.TORCH, Kernels.COMPILED)
+    ]
     logits, want = (table.project(x) for table in tables)
     assert error(logits, x @ weight.t()) < 0.01
     assert torch.equal(logits, want)
@@ -148,14 +156,16 @@ def test_a_split_model_says_the_same_as_one_machine(form: Weights) -> None:
 )
 def test_what_they_do_not_serve_is_refused(weights: Weights, device: str, said: str) -> None:
     with pytest.raises(RequestError, match=said):
-        compiled.check_compiled(weights, torch.device(device))
+        compiled.settled(Kernels.COMPILED, weights, torch.device(device))
+    assert compiled.settled(Kernels.AUTO, weights, torch.device(device)) is Kernels.TORCH
 
 
 def test_without_a_compiler_it_says_what_to_install(unmade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(unmade))
     with pytest.raises(RequestError, match="install one"):
-        compiled.check_compiled(Weights.INT4, CPU)
+        compiled.settled(Kernels.COMPILED, Weights.INT4, CPU)
+    assert compiled.settled(Kernels.AUTO, Weights.INT4, CPU) is Kernels.TORCH
 
 
 @pytest.mark.parametrize(("compiler", "said"), [("false", "failed"), ("no-such-compiler", "cannot be made")])
@@ -164,7 +174,7 @@ def test_a_compiler_that_fails_is_named(
 ) -> None:
     monkeypatch.setenv("CC", compiler)
     with pytest.raises(RequestError, match=said):
-        compiled.check_compiled(Weights.INT4, CPU)
+        compiled.settled(Kernels.COMPILED, Weights.INT4, CPU)
     assert not list(unmade.rglob("*.so"))
 
 
@@ -182,3 +192,9 @@ def test_they_are_made_once(unmade: Path, monkeypatch: pytest.MonkeyPatch) -> No
     compiled.kernels.cache_clear()
     monkeypatch.setenv("CC", "false")
     compiled.kernels()
+
+
+@served
+def test_they_are_taken_where_there_are_such() -> None:
+    assert compiled.settled(Kernels.AUTO, Weights.INT4, CPU) is Kernels.COMPILED
+    assert compiled.settled(Kernels.TORCH, Weights.INT4, CPU) is Kernels.TORCH

@@ -127,7 +127,7 @@ class PeersOptions:
     parts: tuple[str, ...] = PARTS
     folder: Path | None = None
     """Where models are made; a temporary folder otherwise."""
-    kernels: Kernels = Kernels.TORCH
+    kernels: Kernels = Kernels.AUTO
     """Ours for low-bit weights."""
 
 

@@ -46,7 +46,7 @@ def bench_peers(
     llamacpp: Annotated[Path, typer.Option(help="Folder with llama-server, llama-quantize and the RPC server.")],
     quick: Annotated[bool, typer.Option(help="4 layers instead of 22, and 2 rounds.")] = False,
     threads: Threads = 1,
-    kernels: KernelsOption = Kernels.TORCH,
+    kernels: KernelsOption = Kernels.AUTO,
     rounds: Rounds = 5,
     tokens: Tokens = 24,
     part: Annotated[list[str] | None, typer.Option(help="Only local, link, kill or draft; repeatable.")] = None,

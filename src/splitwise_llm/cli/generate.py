@@ -130,7 +130,7 @@ def generate(
     give_up: Annotated[float, typer.Option(min=0, help="Seconds after which a lost machine is given up.")] = 3600.0,
     dtype: DtypeOption = Dtype.FP32,
     weights: WeightsOption = Weights.FULL,
-    kernels: KernelsOption = Kernels.TORCH,
+    kernels: KernelsOption = Kernels.AUTO,
     threads: Threads = 1,
     memory: Memory = "",
     emulate: Emulate = "",

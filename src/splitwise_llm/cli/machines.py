@@ -35,7 +35,7 @@ def worker(
     listen: Annotated[str, typer.Option(help="host:port; port 0 takes a free one.")] = "127.0.0.1:7070",
     dtype: DtypeOption = Dtype.FP32,
     weights: WeightsOption = Weights.FULL,
-    kernels: KernelsOption = Kernels.TORCH,
+    kernels: KernelsOption = Kernels.AUTO,
     threads: Threads = 1,
     memory: Memory = "",
     emulate: Emulate = "",

@@ -69,7 +69,7 @@ def profile(
     accuracy_tokens: Annotated[int, typer.Option(min=16, help="At most so many tokens of it.")] = 2000,
     dtype: DtypeOption = Dtype.FP32,
     weights: WeightsOption = Weights.FULL,
-    kernels: KernelsOption = Kernels.TORCH,
+    kernels: KernelsOption = Kernels.AUTO,
     threads: Threads = 1,
     tls: Tls = None,
 ) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from splitwise_llm.errors import BrokenInvariant, RequestError
 from splitwise_llm.model.packed import DEEP, INT8_ROWS, OUTPUTS, Packed, product_of_halves
-from splitwise_llm.spec import Weights
+from splitwise_llm.spec import Kernels, Weights
 
 FLAGS = ("-O3", "-shared", "-fPIC", "-ffp-contract=off")  # no step may be fused for one number of rows only
 OWN_INT8_ROWS = 16
@@ -40,7 +40,20 @@ SPREAD_BYTES = 1 << 20
 _COLUMN_STEP = DEEP * 4
 
 
-def check_compiled(weights: Weights, device: torch.device) -> None:
+def settled(kernels: Kernels, weights: Weights, device: torch.device) -> Kernels:
+    """Torch's or our own. Raises RequestError where our own are asked for and cannot be."""
+    if kernels is Kernels.COMPILED:
+        _check(weights, device)
+    elif kernels is Kernels.AUTO:
+        try:
+            _check(weights, device)
+        except RequestError:
+            return Kernels.TORCH
+        return Kernels.COMPILED
+    return kernels
+
+
+def _check(weights: Weights, device: torch.device) -> None:
     """Raise RequestError, with what to do, unless there are compiled kernels here for such weights."""
     if weights is Weights.FULL:
         raise RequestError(f"{CALL} is for low-bit weights: add --weights int8 or int4, {LEAVE_OUT}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from splitwise_llm.model.checkpoint import Checkpoint
-from splitwise_llm.model.compiled import check_compiled
+from splitwise_llm.model.compiled import settled
 from splitwise_llm.model.families import Norm, Stored
 from splitwise_llm.model.linear import Linear, Table, linear_of, table_of
 from splitwise_llm.spec import Dtype, Kernels, Weights
@@ -98,10 +98,8 @@ class Resident:
         kernels: Kernels = Kernels.TORCH,
     ) -> None:  # fmt: skip
         """Raises RequestError for kernels that are not installed or do not serve this device and these weights."""
-        if kernels is Kernels.COMPILED:
-            check_compiled(weights, device)
         self.checkpoint, self.dtype, self.weights, self.device = checkpoint, dtype, weights, device
-        self.kernels = kernels
+        self.kernels = settled(kernels, weights, device)
         self.architecture = checkpoint.architecture
         self._torch_dtype = TORCH_DTYPE[dtype]
         self._held: dict[_Key, Loaded] = {}
