@@ -26,7 +26,7 @@ IN = st.sampled_from([16, 33, 64, 136, 768])
 
 def lacking() -> str:
     try:
-        compiled.check_compiled(Weights.INT8, CPU)
+        compiled.settled(Kernels.COMPILED, Weights.INT8, CPU)
     except RequestError as error:
         return str(error)
     return ""

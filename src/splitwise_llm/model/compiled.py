@@ -73,7 +73,7 @@ class Rows(NamedTuple):
     """Of 32 rounded numbers each, fp32 (rows, padded / 32)."""
 
 
-class Kernels:
+class Library:
     """The library, loaded."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -158,7 +158,7 @@ class Int8Product:
 
 
 @cache
-def kernels() -> Kernels:
+def kernels() -> Library:
     """Made first where they are not in the cache. Raises RequestError."""
     made = _made()
     try:
@@ -174,7 +174,7 @@ def kernels() -> Kernels:
         product.argtypes = [*[pointer] * 7, *[count] * 5]
     for function in (library.halves_of, library.int8_sums, library.int8_product, library.int4_product):
         function.restype = None
-    return Kernels(library)
+    return Library(library)
 
 
 def _made() -> Path:
