@@ -77,7 +77,8 @@ def hugging_face_tpot_s(model: Any, tokens: int) -> float:
 async def run_overhead(rounds: int, tokens: int, tell: Tell) -> Figures:
     """`split_over_unsplit`, `unsplit_over_hf` and `gpt2_unsplit_over_hf`; `int8_over_bf16` and `int4_over_bf16`
     (ms/token), `bandwidth_share_FORM`, and `bandwidth_share`, the smaller of bf16's and int8's by the kernels that a
-    command takes of itself. FORM_compiled is by our own kernels, FORM_compiled_over_torch in ms/token. One thread per process.
+    command takes of itself. FORM_compiled is by our own kernels, FORM_compiled_over_torch in ms/token. One thread per
+    process.
     """
     result = Figures("overhead", {"rounds": rounds, "tokens": tokens, "threads_per_process": 1})
     torch.set_num_threads(1)
