@@ -107,5 +107,5 @@ class Constants:
             raise RequestError(f"prices and patience are 0 or more, budgets 1 or more, odds above 0; got {self}")
 
     def knobs(self, systems: int) -> Knobs:
-        columns = [np.full(systems, getattr(self, field.name)) for field in fields(self)]
-        return Knobs(np.zeros(systems, np.int64), *columns, np.zeros(systems))
+        columns = [np.full(systems, getattr(self, field.name)) for field in fields(self)] + [np.zeros(systems)]
+        return Knobs(np.zeros(systems, np.int64), *columns)

@@ -53,7 +53,7 @@ class _Later:
 def with_returns(menu: Menu, prices: Prices, device: Ints, goes: Bools, outage_s: Floats, joule_s: float) -> Prices:
     """Prices of systems in an outage that goes on for `outage_s` on average. `prices` are as if for good, plans
     `device` those on the device alone, `goes` (systems, plans) what may be gone over to; a joule counts `joule_s`."""
-    there = goes.any(axis=1)
+    there = np.asarray(goes.any(axis=1))
     if not len(device) or not there.any():
         return prices
     table, left = menu.table, menu.remaining_tokens[:, None]
