@@ -3,7 +3,8 @@
 Drift plus penalty prices the device as if for good. Here the rest of the outage is random, exponential with the mean
 that is expected, and at its end the cheaper of two is done: to stay, or to go on with a plan that uses the cloud. Who
 is still on the way to the device returns to what there is in the cloud; later the cloud begins with all that has come
-since. It decides nothing.
+since. Who stays goes on as soon as the link is back, who has left when that is seen: where figures are old, leaving
+costs so much more. It decides nothing.
 """
 
 from __future__ import annotations
@@ -81,6 +82,9 @@ def with_returns(menu: Menu, prices: Prices, device: Ints, goes: Bools, outage_s
     rest = left[..., None] - made
     returned = np.where(arrived < 1, home.after(rest), cloud.after(rest))
     returned = returned + arrived * begin + made * each
+    if menu.past is not None:
+        unseen = -outage_s * np.expm1(-menu.past.age_s / np.maximum(outage_s, SMALL))
+        returned[[_TOTAL, _SERVICE]] += unseen[:, None, None]
     stayed = np.broadcast_to(good[:, :, device, None], returned.shape)
     better = (_cost(returned, joule_s) < _cost(stayed, joule_s)) & there[:, None, None]
     good[:, :, device] = np.where(better, returned, stayed).mean(axis=-1)
