@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from splitwise_llm.learn.courses import Course, course, courses
+from splitwise_llm.cost import Job
+from splitwise_llm.learn.courses import Course, _job, course, courses
 from splitwise_llm.learn.search import (
     LEAST,
     Moment,
@@ -24,6 +25,7 @@ from splitwise_llm.observation import Past
 from splitwise_llm.policies.knobs import HEADS, NEUTRAL, SIZES, Mode
 from splitwise_llm.sim.draws import draw
 from splitwise_llm.sim.worlds import Worlds
+from splitwise_llm.spec import find_model
 
 WHERE = {name: n for n, (name, _) in enumerate(HEADS)}
 
@@ -104,8 +106,12 @@ def test_what_costs_nothing_is_left_on_and_what_loses_more_than_noise_is_not() -
     assert not _loses_nothing(dice.normal(-0.01, 0.01, 40), neutral)
 
 
-def test_jobs_differ_in_length_and_fit_their_model(drawn: list[Course]) -> None:
-    jobs = [(one.params.physics.tables[0].bills[0].job, one.params.physics.tables[0].world.spec) for one in drawn]
-    assert len({job for job, _ in jobs}) > 2
-    assert all(job.prompt_tokens + job.tokens_out <= spec.max_context for job, spec in jobs)
-    assert max(job.prompt_tokens for job, _ in jobs) > 256
+@pytest.mark.parametrize("model", ["gpt2-xl", "llama-7b"])
+def test_jobs_differ_in_length_and_fit_their_model(model: str) -> None:
+    dice = np.random.default_rng(1)
+    jobs = [_job(model, dice) for _ in range(200)]
+    plain = sum(job == Job(128, 128) for job in jobs)
+    assert 70 < plain < 130
+    most = find_model(model).max_context
+    assert all(job.prompt_tokens + job.tokens_out <= most for job in jobs)
+    assert max(job.prompt_tokens for job in jobs) > (1024 if most > 1024 else 640)
