@@ -274,12 +274,16 @@ class Menu:
     """(systems,): since the request arrived."""
     past: Past | None = None
     """None: nobody remembers."""
+    outage_s: Floats | float = 0.0
+    """(systems,): what conditions and entries hold of the rest of an outage."""
 
     def at(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Menu:
         """About some of the systems."""
-        names = [item.name for item in fields(self) if item.name not in ("table", "past")]
+        once = ("table", "past", "outage_s")
+        names = [item.name for item in fields(self) if item.name not in once]
         past = None if self.past is None else self.past.at(which)
-        return replace(self, past=past, **{name: getattr(self, name)[which] for name in names})
+        outage_s = np.broadcast_to(np.asarray(self.outage_s), self.current.shape)[which]
+        return replace(self, past=past, outage_s=outage_s, **{name: getattr(self, name)[which] for name in names})
 
 
 class Chooser(Protocol):

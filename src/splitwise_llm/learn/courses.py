@@ -14,12 +14,14 @@ from multiprocessing import get_context
 
 import numpy as np
 
-from splitwise_llm.cost import World
+from splitwise_llm.cost import Host, Job, World, price
 from splitwise_llm.cost.terms import Form
-from splitwise_llm.decision import WirePrecision
+from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError
 from splitwise_llm.lyapunov import Budgets, Penalty
 from splitwise_llm.observation import PLAIN, Tools
+from splitwise_llm.partition import Partition
+from splitwise_llm.plan import DEVICE
 from splitwise_llm.policies.guided import Guide
 from splitwise_llm.policies.menus import menu
 from splitwise_llm.policies.objective import DriftPlusPenalty, Objective
@@ -55,11 +57,12 @@ from splitwise_llm.sim.scenarios import (
     build,
     worlds,
 )
-from splitwise_llm.spec import LinkSpec
+from splitwise_llm.spec import Dtype, LinkSpec, Weights, find_device, find_model
 
 TOOLS = Tools((WirePrecision.FP16, WirePrecision.INT8), (None, 32, 128), (0, 1, 2, 3, 4, 6))
 FEW_TOOLS = Tools((WirePrecision.FP16, WirePrecision.INT8), (None, 32))
 """Without drafting."""
+PLAIN_JOBS = 0.5
 STATES = 8
 """Conditions that a table's plans are collected under."""
 PAIRS = ((ORIN, GPT2), (S23, GPT2), (PI5, GPT2), *[(ORIN, L7)] * 3, (S23, L7), (S23, L7), (PI5, L7), (PI5, L7),
@@ -99,11 +102,19 @@ def _crowd(dice: np.random.Generator) -> tuple[SharedCloud, int]:
     return SharedCloud(sessions, background=int(dice.choice([0, 16, 32])), information_s=age_s), devices
 
 
-def _reference_s(device: str, model: str) -> float:
-    """About what a request of 128 tokens takes the device alone: to choose how often requests come."""
-    gib = {GPT2: 0.9, L7: 3.9, L13: 7.3}[model]
-    bandwidth = {ORIN: 70.0, AGX: 140.0, S23: 38.0, PI5: 10.5}[device]
-    return 130 * gib / bandwidth
+def _job(model: str, dice: np.random.Generator) -> Job:
+    """Of 128 tokens each way, or of any: prompts up to half as long again as the longest in the reports."""
+    prompt, answer = np.exp(dice.uniform(np.log([32, 16]), np.log([1536, 256]))).tolist()
+    if dice.random() < PLAIN_JOBS:
+        return Job(128, 128)
+    return Job(int(min(prompt, find_model(model).max_context - 300)), int(answer))
+
+
+def _reference_s(device: str, model: str, job: Job) -> float:
+    """About what a request takes the device alone: to choose how often requests come."""
+    spec, host = find_model(model), Host(find_device(device), Dtype.FP16, Weights.INT4)
+    alone = World(spec, (host,), {})
+    return float(price(alone, Decision(Partition.all_on(spec, DEVICE)), job).total_s)
 
 
 def course(seed: int, number: int) -> Course:
@@ -114,16 +125,17 @@ def course(seed: int, number: int) -> Course:
     floor = FLOOR if dice.random() < 0.5 else None
     link = _scaled(LINKS[int(dice.integers(len(LINKS)))], dice)
     cloud: CloudProcess | SharedCloud = _busier(CLOUDS[int(dice.integers(len(CLOUDS)))], dice)
-    devices, slots, burst = 1, int(dice.choice([1, 1, 4])), 1.0
-    per_s = float(dice.uniform(0.15, 0.9)) / _reference_s(device, model)
+    devices, slots, burst, crowd_per_s = 1, int(dice.choice([1, 1, 4])), 1.0, 0.0
+    load = float(dice.uniform(0.15, 0.9))
     if is_crowd:
         cloud, devices = _crowd(dice)
         device, model, floor, slots = (ORIN, L7, None, 4) if dice.random() < 0.6 else (S23, L7, None, 4)
-        per_s, burst = float(dice.uniform(0.1, 0.24)), float(dice.choice([1.0, 2.0, 3.0]))
+        crowd_per_s, burst = float(dice.uniform(0.1, 0.24)), float(dice.choice([1.0, 2.0, 3.0]))
+    job = Job(128, 128) if is_crowd else _job(model, dice)
+    per_s = crowd_per_s if is_crowd else load / _reference_s(device, model, job)
     tools = TOOLS if dice.random() < 0.5 else FEW_TOOLS
     case = Case((device,), model, per_s)
-    scenario = Scenario(f"course-{number}", "", "", (case,), link, cloud, floor, burst=burst, num_devices=devices,
-                        slots=slots)  # fmt: skip
+    scenario = Scenario(f"course-{number}", "", "", (case,), link, cloud, floor, job, burst, devices, slots)
     w_energy = float(dice.choice([0.0, 0.02]))
     seeing = Seeing(delay_s=float(dice.choice([0.0, 0.0, 0.5, 2.0])))
     acceptance = float(dice.uniform(0.35, 0.8))

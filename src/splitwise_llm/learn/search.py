@@ -4,6 +4,9 @@ Knobs act through queues that take minutes to fill, so chance at single decision
 one value of one knob in one kind of moment for whole runs, on the same traces as neutral knobs. What saves more than
 noise (the mean of the paired differences is `SIGNIFICANT` standard errors and `LEAST` of the cost) is put together, the
 best first, as long as it goes on saving.
+
+Many worlds, and short traces: what a simulation takes is its steps, and 64 worlds take hardly longer than 8. The
+outlook comes first, and the other way round: an expectation and no bias, it is left on unless it loses.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from multiprocessing import get_context
 from pathlib import Path
@@ -68,6 +71,7 @@ class Rule:
     def __str__(self) -> str:
         name, values = HEADS[self.head]
         held = f"mode {Mode(self.value).name.lower()}" if name == "mode" else f"{name} x {values[self.value]:g}"
+        held = name if name == "outlook" else held
         when = " or ".join(one.name.lower().replace("_", ", ") for one in self.when)
         return held if self.when == ALWAYS else f"{held} ({when})"
 
@@ -85,6 +89,9 @@ class Lesson:
     """(samples, TOTAL)"""
     actions: Ints
     """(samples, heads)"""
+    low: NDArray[np.float32]
+    """(TOTAL,): the smallest and the largest of all that was seen, samples or not."""
+    high: NDArray[np.float32]
 
 
 @dataclass(slots=True, eq=False)
@@ -139,15 +146,19 @@ def lesson(course: Course, seed: int, worlds: int, requests: int, samples: int) 
         return neutral - cost(course, traces, _Holding(course.guide, rules))
 
     neutral = cost(course, traces, _Holding(course.guide, ()))
-    helps = [(rule, one) for rule in candidates(course) if _counts(one := saved([rule]), neutral)]
-    best: list[Rule] = []
-    gain = np.zeros(len(neutral))
+    best, gain = list[Rule](), np.zeros(len(neutral))
+    for rule in outlooks(course):
+        if _loses_nothing((one := saved([*best, rule])) - gain, neutral):
+            best, gain = [*best, rule], one
+    tried = [(rule, saved([*best, rule]) - gain) for rule in candidates(course)]
+    helps = [(rule, one) for rule, one in tried if _counts(one, neutral)]
+    start = len(best)
     for rule, alone in sorted(helps, key=lambda each: -each[1].mean()):
         if any(rule.head == other.head and set(rule.when) & set(other.when) for other in best):
             continue
-        one = saved([*best, rule]) if best else alone
-        if _counts(one - gain, neutral):
-            best, gain = [*best, rule], one
+        one = saved([*best, rule]) - gain if len(best) > start else alone
+        if _counts(one, neutral):
+            best, gain = [*best, rule], gain + one
     shown = [_Holding(course.guide, rules, best) for rules in ([(), best] if best else [()])]
     for each in shown:
         cost(course, traces, each)
@@ -157,7 +168,8 @@ def lesson(course: Course, seed: int, worlds: int, requests: int, samples: int) 
     dice = np.random.Generator(np.random.Philox([seed, 17]))
     rows = _rows(when, samples, dice)
     rules = ", ".join(map(str, best))
-    return Lesson(course.name, rules, float(gain.mean() / neutral.mean()), seen[rows], actions[rows])
+    found = float(gain.mean() / neutral.mean())
+    return Lesson(course.name, rules, found, seen[rows], actions[rows], seen.min(axis=0), seen.max(axis=0))
 
 
 def _rows(when: Ints, samples: int, dice: np.random.Generator) -> Ints:
@@ -171,9 +183,15 @@ def _rows(when: Ints, samples: int, dice: np.random.Generator) -> Ints:
     return np.concatenate(rows)
 
 
+def outlooks(course: Course) -> Iterator[Rule]:
+    """What is left on unless it loses."""
+    if any(not kind.is_up for kind in course.params.link.classes):
+        yield from (Rule(_WHERE["outlook"], 1, (moment,)) for moment in (Moment.GOING_DOWN, Moment.FRESH_DOWN))
+
+
 def candidates(course: Course) -> Iterator[Rule]:
     """What is tried: the outermost values of what can matter there (what half a step saves, a whole one mostly does,
-    too), and ways of running while the link is down."""
+    too)."""
     drafts = any(one.decision.draft for table in course.params.physics.tables for one in table.bills)
     crowd, turns = course.params.num_devices > 1, course.guide.limits.in_turn
     matters = {
@@ -186,16 +204,16 @@ def candidates(course: Course) -> Iterator[Rule]:
     for head, (name, values) in enumerate(HEADS):
         if matters.get(name, False):
             yield from (Rule(head, value) for value in (0, len(values) - 1) if value != NEUTRAL[head])
-    if any(not kind.is_up for kind in course.params.link.classes):
-        yield Rule(_WHERE["mode"], Mode.WAIT, (Moment.FRESH_DOWN,))
-        yield Rule(_WHERE["mode"], Mode.EDGE, (Moment.GOING_DOWN,))
-        patience = _WHERE["patience"]
-        yield from (Rule(patience, value, (Moment.GOING_DOWN,)) for value in (0, SIZES[patience] - 1))
 
 
 def _counts(saved: Floats, neutral: Floats) -> bool:
     error = saved.std(ddof=1) / np.sqrt(len(saved))
     return bool(saved.mean() > SIGNIFICANT * error and saved.mean() > LEAST * neutral.mean())
+
+
+def _loses_nothing(saved: Floats, neutral: Floats) -> bool:
+    error = saved.std(ddof=1) / np.sqrt(len(saved))
+    return bool(saved.mean() >= -min(error, LEAST * neutral.mean()))
 
 
 def lessons(
@@ -223,13 +241,14 @@ def _lesson(task: tuple[Path, int, tuple[int, int, int, int]]) -> Lesson:
     if file.exists():
         with np.load(file) as kept:
             return Lesson(
-                str(kept["course"]), str(kept["rules"]), float(kept["saved"]), kept["seen"], kept["actions"]
+                str(kept["course"]), str(kept["rules"]), float(kept["saved"]), kept["seen"], kept["actions"],
+                kept["low"], kept["high"],
             )  # fmt: skip
     one = lesson(_COURSES[number], *sizes)
     part = file.with_suffix(".part.npz")
-    np.savez(part, course=one.course, rules=one.rules, saved=one.saved, seen=one.seen, actions=one.actions)
+    np.savez(part, **{item.name: getattr(one, item.name) for item in fields(one)})
     part.replace(file)  # whole or not at all: a run may be stopped at any time
     return one
 
 
-__all__ = ["Lesson", "Moment", "Rule", "candidates", "lesson", "lessons", "moments"]
+__all__ = ["Lesson", "Moment", "Rule", "candidates", "lesson", "lessons", "moments", "outlooks"]

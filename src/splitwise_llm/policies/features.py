@@ -24,10 +24,11 @@ QUEUES = ("device", "up", "down", "cloud")
 VIRTUAL = ("energy", "deadline", "accuracy", "battery")
 DEVICE_ = ("one slot", "others", "at door", "energy weight", "acceptance")
 FORECAST = ("outage left", "outage mean", "outage soon", "outage in a request", "up ratio", "down ratio")
+OUTLOOK = ("device", "later")
 OF_CLASS = ("there", "worse by", "service", "device work", "cloud work", "joules", "entry", "now")
 NAMES = (
     *REQUEST, *LINK, *CLOUD, *(f"queue {name}" for name in QUEUES), *(f"over {name}" for name in VIRTUAL), *DEVICE_,
-    *(f"forecast {name}" for name in FORECAST),
+    *(f"forecast {name}" for name in FORECAST), *(f"outlook {name}" for name in OUTLOOK),
     *(f"{mode.name.lower()} {name}" for mode in CLASSES for name in OF_CLASS),
 )  # fmt: skip
 """Of the features that are not epochs, in order."""
@@ -81,6 +82,7 @@ def features(priced: Priced, *, forecasts: bool = True) -> NDArray[np.float32]:
     put(*(seconds / t for seconds in forecast.outages_s(past)))
     put(*forecast.outage_within(past, np.stack([np.full(count, t), service])))
     put(*forecast.rate_ratio(past).T)
+    put(*_outlook(priced))
     here = prepared.classes[np.maximum(menu.current, 0)]
     unit = priced.bound - priced.least
     one, least = priced.best_of_class, priced.least_of_class  # (classes, systems), as all that follows
@@ -99,6 +101,18 @@ def features(priced: Priced, *, forecasts: bool = True) -> NDArray[np.float32]:
     if not forecasts:
         raw[FORECASTS, :] = 0.0
     return np.concatenate([raw.T, _epochs(past, t).reshape(count, -1)], axis=1).astype(np.float32)
+
+
+def _outlook(priced: Priced) -> tuple[Floats, Floats]:
+    """(systems,) each: by how much less than of the best plan of now is expected of one that is left when the outage
+    ends, in units of what the filter lets pass; and the share that waiting for that spares."""
+    device, later = np.zeros(len(priced.least)), np.zeros(len(priced.least))
+    if priced.prospect is not None:
+        at = priced.prospect.at
+        least = priced.least[at]
+        device[at] = (least - priced.prospect.d1.min(axis=1)) / (priced.bound[at] - least)
+        later[at] = np.maximum(priced.prospect.spared, 0.0)
+    return device, later
 
 
 def _epochs(past: Past, t: float) -> Floats:

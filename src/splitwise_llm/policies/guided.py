@@ -4,7 +4,9 @@ With D1 the objective at nominal prices and a* its minimiser, what the knobs lea
 `D1(a) <= D1(a*) + eta |D1(a*)| + C`, C = `slack` V; else a* is, and it is counted. It knows no learner.
 
 What is no plan has a value, too: to ask again later costs `V (waited + an epoch) / T_ref` beyond a* (so that all
-waiting together stays within the bound), to refuse costs `V T_max / T_ref`.
+waiting together stays within the bound), to refuse costs `V T_max / T_ref`. With the outlook a plan on the device is,
+in an outage, one that is left when the outage ends (`outlook`), and is valued as such; a request that has not begun is
+asked again later where the cloud is worth waiting for.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from splitwise_llm.errors import BrokenInvariant
 from splitwise_llm.lyapunov import Budgets, Penalty, Terms
 from splitwise_llm.observation import Menu, Tools
 from splitwise_llm.plan import DEVICE
+from splitwise_llm.policies import forecast
 from splitwise_llm.policies.knobs import ODDS, SIZES, Constants, Knobs, Mode
 from splitwise_llm.policies.objective import DriftPlusPenalty
+from splitwise_llm.policies.outlook import with_returns
 from splitwise_llm.policies.planners import typical
 
 Floats = NDArray[np.float64]
@@ -29,12 +33,20 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 ETA, SLACK = 0.15, 0.1
+GAIN = 1e-3
+"""What is expected of an outage counts where it is less than what is known by more than this part."""
+WORTH = 0.05
+"""Waiting at admission is worth it where it spares more than this part. Only joules can be spared: whoever begins on
+the device loses no time, but for what the approximation says. The drift is left out: told by it that the device's work
+is dear, requests waited that had better begun (up to 2.9 % worse with several slots)."""
 REFUSE = STAY = -1
 LATER = -2
 CLASSES = (Mode.EDGE, Mode.CLOUD, Mode.BOTH)
 """Which machines a plan uses; a table's plans are divided among these modes."""
 _WAIT, _REFUSED = int(Mode.WAIT), int(Mode.SHED)
 """Plain numbers: numpy looks for a dozen attributes in a member of an enum each time it is compared with an array."""
+_OUTLOOK = sum(SIZES) - 1
+"""Where the masks have the last head's 1."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +92,23 @@ class Priced:
     """(classes, systems): the plan of each class of which D1 is least; any where none of it can be chosen."""
     least_of_class: Floats
     """(classes, systems): its D1."""
+    prospect: Prospect | None = None
+    """None: no system is in an outage."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prospect:
+    """What systems in an outage can expect of its end."""
+
+    at: Ints
+    """Which they are."""
+    terms: Terms
+    """Of them, plans on the device being left when that is cheaper."""
+    d1: Floats
+    """(those, plans): D at nominal prices of these; inf where a plan cannot be chosen."""
+    spared: Floats
+    """(those,): share of the expected seconds, and of joules where they count, that waiting for the link spares at
+    admission; below 0 in flight."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,7 +183,32 @@ class Guide:
             least + self.eta * np.abs(least) + self.slack * self.v, fresh,
             np.where(fresh, least + unit * (menu.waited_s + self.epoch_s), self._staying(d1, menu, least)),
             unit * self.t_max_s, of_class.argmin(axis=2), of_class.min(axis=2),
+            self._prospect(menu, prepared, prices, usable),
         )  # fmt: skip
+
+    def _prospect(
+        self, menu: Menu, prepared: Prepared, prices: Prices, usable: Bools
+    ) -> Prospect | None:  # fmt: skip
+        """`prices` are of all plans, those that are out of reach waiting for the link."""
+        if menu.past is None or not menu.past.is_down.any():
+            return None
+        at = np.nonzero(menu.past.is_down)[0]
+        some, device = menu.at(at), np.nonzero(prepared.classes == 0)[0]
+        assert some.past is not None
+        outage_s = np.where(some.outage_s > 0, some.outage_s, forecast.outages_s(some.past)[0])
+        goes = np.broadcast_to(prepared.allowed & (prepared.classes > 0), usable[at].shape)
+        penalty = prepared.penalty
+        joule_s = penalty.w_energy * penalty.t_ref_s / penalty.e_ref_j
+        prices_at = _each(lambda value: value[at] if value.ndim > 1 else value, prices)
+        found = with_returns(some, prices_at, device, goes, outage_s, joule_s)
+        terms = self._terms(some, prepared, found)
+        d1 = np.where(usable[at], terms.objective(prepared.weights, some.virtual[:, None, :]), np.inf)
+        fresh = some.current < 0
+        begun, waited = (
+            np.where(mine, each.total_s + joule_s * each.device_j, np.inf).min(axis=1)
+            for mine, each in ((usable[at], found), (goes & ~usable[at], prices_at))
+        )
+        return Prospect(at, terms, d1, np.where(fresh & np.isfinite(waited), 1 - waited / begun, -1.0))
 
     @staticmethod
     def _staying(d1: Floats, menu: Menu, least: Floats) -> Floats:
@@ -169,6 +223,9 @@ class Guide:
         masks[:, Mode.RACE] = masks[:, Mode.SHADOW] = False
         masks[:, Mode.WAIT] = priced.later_d1 <= priced.bound
         masks[:, Mode.SHED] = priced.fresh & (priced.shed_d1 <= priced.bound)
+        masks[:, _OUTLOOK] = False
+        if priced.prospect is not None:
+            masks[priced.prospect.at, _OUTLOOK] = True
         return masks
 
     def guide(self, priced: Priced, knobs: Knobs) -> Guided:
@@ -176,7 +233,12 @@ class Guide:
         n = np.arange(len(priced.least))
         wanted = self._wanted(priced, knobs)
         d1 = priced.d1[n, np.maximum(wanted, 0)]
-        d1 = np.where(knobs.mode == _WAIT, priced.later_d1, d1)
+        if priced.prospect is not None:
+            at = priced.prospect.at
+            turned = knobs.outlook[at] > 0
+            returning = priced.prospect.d1[np.arange(len(at)), np.maximum(wanted[at], 0)]
+            d1[at] = np.where(turned, np.minimum(d1[at], returning), d1[at])
+        d1 = np.where(wanted == LATER, priced.later_d1, d1)
         d1 = np.where(wanted == _SHED, priced.shed_d1, d1)
         kept = ~(d1 <= priced.bound)
         done = np.where(kept, priced.best, wanted)
@@ -204,9 +266,8 @@ class Guide:
                 terms = priced.terms if len(kinds) == 1 else _rows(priced.terms, at)
             else:
                 terms = self._terms(some, prepared, self._prices(some, table, turned.patience))
-            scale = np.stack([turned.device, turned.link, turned.link, turned.cloud], axis=-1)[:, None, :]
-            virtual = some.virtual[:, None, :] * turned.budgets[:, None, None]
-            values[at] = terms.objective(prepared.weights * scale, virtual)
+            values[at] = _objective(terms, some, prepared, turned)
+        waits = self._expect(priced, knobs, values) & (knobs.mode == int(Mode.AUTO))
         values = np.where(np.isfinite(priced.d1), values, np.inf)
         modes = set(knobs.mode.tolist())
         for number, mode in enumerate(CLASSES):
@@ -215,9 +276,26 @@ class Guide:
                 there = np.where(prepared.classes == number, values[only], np.inf)
                 values[only] = np.where(np.isfinite(there).any(axis=1, keepdims=True), there, values[only])
         wanted = values.argmin(axis=1)
-        wanted = np.where(knobs.mode == _WAIT, LATER, wanted)
+        wanted = np.where(waits | (knobs.mode == _WAIT), LATER, wanted)
         result: Ints = np.where((knobs.mode == _REFUSED) & priced.fresh, _SHED, wanted)
         return result
+
+    def _expect(self, priced: Priced, knobs: Knobs, values: Floats) -> Bools:
+        """Put what is expected in place of `values` (systems, plans) where the outlook is on and it is less by more
+        than `GAIN` than what would be done; and (systems,) whether waiting for the link is worth it."""
+        waits = np.zeros(len(values), np.bool_)
+        if priced.prospect is None:
+            return waits
+        at, prepared = priced.prospect.at, priced.prepared
+        on = knobs.outlook[at] > 0
+        if not on.any():
+            return waits
+        expected = _objective(priced.prospect.terms, priced.menu.at(at), prepared, knobs.at(at))
+        plain = np.where(np.isfinite(priced.d1[at]), values[at], np.inf).min(axis=1)
+        gains = expected < (plain - GAIN * np.abs(plain))[:, None]
+        values[at] = np.where(on[:, None] & gains, np.minimum(expected, values[at]), values[at])
+        waits[at] = on & (priced.prospect.spared > WORTH)
+        return waits
 
     @staticmethod
     def _answer(priced: Priced, plans: Ints) -> Ints:
@@ -264,6 +342,12 @@ class Guide:
 
 
 _SHED = -3
+
+
+def _objective(terms: Terms, menu: Menu, prepared: Prepared, knobs: Knobs) -> Floats:
+    """(systems, plans), as knobs weigh it."""
+    scale = np.stack([knobs.device, knobs.link, knobs.link, knobs.cloud], axis=-1)[:, None, :]
+    return terms.objective(prepared.weights * scale, menu.virtual[:, None, :] * knobs.budgets[:, None, None])
 
 
 def _rows(terms: Terms, at: Ints) -> Terms:

@@ -7,6 +7,7 @@
 | budgets | times 1, 2, 4: the virtual queues; never below 1 | 1 |
 | patience | times 0, 1/2, 1, 2: what it takes to go away from a machine that is out of reach | 1 |
 | draft | times 1/2, 1, 2: the odds that a drafted token is accepted | 1 |
+| outlook | 0, 1: whether plans on the device count, in an outage, as what can be left when it ends | 0 |
 
 Neutral is exact drift plus penalty. The weight V is no knob: scaling it is the same as scaling all prices.
 """
@@ -43,6 +44,7 @@ PRICES = (0.25, 0.5, 1.0, 2.0, 4.0)
 BUDGETS = (1.0, 2.0, 4.0)
 PATIENCE = (0.0, 0.5, 1.0, 2.0)
 ODDS = (0.5, 1.0, 2.0)
+OUTLOOKS = (0.0, 1.0)
 HEADS: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("mode", tuple(map(float, Mode))),
     ("device", PRICES),
@@ -51,11 +53,14 @@ HEADS: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("budgets", BUDGETS),
     ("patience", PATIENCE),
     ("draft", ODDS),
+    ("outlook", OUTLOOKS),
 )
 """Name and values of each, in the order of an action."""
 SIZES = tuple(len(values) for _, values in HEADS)
-NEUTRAL = tuple(0 if name == "mode" else values.index(1.0) for name, values in HEADS)
+NEUTRAL = tuple(0 if name in ("mode", "outlook") else values.index(1.0) for name, values in HEADS)
 """The action that is exact drift plus penalty."""
+START = (*NEUTRAL[:-1], 1)
+"""The same with the outlook, which costs nothing in nearly every setting."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +74,7 @@ class Knobs:
     budgets: Floats
     patience: Floats
     draft: Floats
+    outlook: Floats
 
     @classmethod
     def of(cls, actions: Ints) -> Knobs:
@@ -101,5 +107,5 @@ class Constants:
             raise RequestError(f"prices and patience are 0 or more, budgets 1 or more, odds above 0; got {self}")
 
     def knobs(self, systems: int) -> Knobs:
-        columns = [np.full(systems, getattr(self, field.name)) for field in fields(self)]
+        columns = [np.full(systems, getattr(self, field.name)) for field in fields(self)] + [np.zeros(systems)]
         return Knobs(np.zeros(systems, np.int64), *columns)

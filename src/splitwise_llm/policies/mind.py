@@ -74,6 +74,8 @@ def knob_name(head: int, value: int) -> str:
     name, values = HEADS[head]
     if name == "mode":
         return f"mode {Mode(value).name.lower()}"
+    if name == "outlook":
+        return name
     return f"{name} x{values[value]:g}"
 
 
@@ -250,6 +252,8 @@ def _judged(question: Question, mind: Mind) -> Judged:
     mode = Mode(int(actions[0, 0]))
     if mode is Mode.SHED or (mode is Mode.WAIT and stuck):
         actions[0, 0] = mode = Mode.AUTO
+    if here < 0:
+        actions[0, -1] = NEUTRAL[-1]
     knobs = Knobs.of(actions)
     guided, action = mind.guide.guide(priced, knobs), tuple(actions[0].tolist())
     mind.tally.filtered += int(guided.kept[0])

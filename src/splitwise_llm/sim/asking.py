@@ -111,6 +111,7 @@ def _menu(params: Params, traces: Traces, s: State, table: int, i: tuple[Ints, I
         entry_cloud_s=entry[2],
         waited_s=s.now[e] - s.arrival_s[i],
         past=past(params, traces, s, e, d),
+        outage_s=guess,
     )
 
 
