@@ -440,14 +440,13 @@ def _write(folder: Path, state: dict[str, Any]) -> None:
 def _state(config: Config, folder: Path, origin: dict[str, Any]) -> dict[str, Any]:
     """What a run has come to. Raises SpecError where the folder holds another one."""
     file = folder / "state.json"
+    asked = json.loads(json.dumps(asdict(config)))  # as it is read again
     if not file.exists():
-        begun: dict[str, Any] = {
-            "config": asdict(config), "origin": origin, "updates": 0, "best": None, "curve": [],
-        }  # fmt: skip
+        begun: dict[str, Any] = {"config": asked, "origin": origin, "updates": 0, "best": None, "curve": []}
         file.write_text(json.dumps(begun))  # what is kept from now on is of this configuration
         return begun
     state: dict[str, Any] = json.loads(file.read_text())
-    if state["config"] != json.loads(json.dumps(asdict(config))):
+    if state["config"] != asked:
         raise SpecError(f"{folder} holds a run with another configuration; give another folder, or delete it")
     if state.get("origin", _origin(None, ())) != origin:
         raise SpecError(
