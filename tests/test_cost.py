@@ -117,7 +117,7 @@ def test_a_table_under_many_conditions_is_each_price_one_by_one(data: st.DataObj
             assert one.total_s == pytest.approx(one.wait_s + one.ttft_s + (job.tokens_out - 1) * one.tpot_s)
 
 
-# Dies when cost/price.py says `ttft + self._later * tpot` for `ttft + later * tpot`.
+# Dies when cost/price.py says `after = self._later * tpot` for `after = later * tpot`.
 def test_tokens_still_to_come_replace_those_of_the_job() -> None:
     here = world(SMALL, box(), box(slots=8))
     table = Table(here, [bill(here, on(SMALL, m), Job(64, 10)) for m in (0, 1)])

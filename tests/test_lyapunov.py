@@ -40,7 +40,7 @@ def value(
     return Terms.of(penalty, c0, np.zeros_like(c0), queues, work, g).objective(weights, z)
 
 
-# Dies when lyapunov.py says `work * work)` for `work * work / 2)`.
+# Dies when lyapunov.py says `+ work * work` for `+ work * work / 2`.
 @given(FOUR, FOUR, FOUR)
 def test_drift_is_exactly_what_work_adds_to_the_function(queues: Floats, work: Floats, weights: Floats) -> None:
     before, after = lyapunov(queues, weights, ZERO), lyapunov(queues + work, weights, ZERO)
@@ -54,7 +54,7 @@ def test_the_function_by_hand() -> None:
     assert many.shape == (7, 3)
 
 
-# Dies when lyapunov.py says `(-queues * work + work` for `(queues * work + work`.
+# Dies when lyapunov.py says `return -queues * work` for `return queues * work`.
 @given(FOUR, FOUR, FOUR, st.integers(0, 3), st.floats(0, 100))
 def test_pressure_never_falls_as_a_queue_rises(
     queues: Floats, work: Floats, weights: Floats, which: int, more: float
@@ -65,7 +65,7 @@ def test_pressure_never_falls_as_a_queue_rises(
     assert value(Penalty(1.0), one, longer, work, weights) >= value(Penalty(1.0), one, queues, work, weights)
 
 
-# Dies when lyapunov.py says `- (virtual * g).sum(axis=-1)` for `+ (virtual * g).sum(axis=-1)`.
+# Dies when lyapunov.py says `- (virtual * self.g).sum(axis=-1)` for `+ (virtual * self.g).sum(axis=-1)`.
 @given(FOUR, FOUR, st.integers(0, 3), st.floats(0, 100))
 def test_pressure_never_falls_as_a_budget_is_overrun(z: Floats, g: Floats, which: int, more: float) -> None:
     higher = z.copy()
@@ -84,21 +84,21 @@ def test_a_longer_queue_never_makes_the_choice_put_more_work_into_it(work: Float
     assert work[choices[1], which] <= work[choices[0], which] + 1e-9
 
 
-# Dies when lyapunov.py says `penalty.v * (c0 + wait) + penalty.v * drift` for `penalty.v * (c0 + wait) + drift`.
+# Dies when lyapunov.py says `(c0 + wait), penalty.v * added(` for `(c0 + wait), added(`.
 @given(COSTS, MATRIX, st.floats(1e-3, 1e3), FOUR, FOUR)
 def test_v_multiplies_the_cost_and_not_the_drift(c0: Floats, work: Floats, v: float, queues: Floats, w: Floats) -> None:
     one, other = (value(Penalty(1.0, v=each), c0, queues, work, w) for each in (v, 3 * v))
     assert other - one == pytest.approx(2 * v * c0, rel=1e-6, abs=1e-6 * (1 + np.abs(one).max()))
 
 
-# Dies when lyapunov.py says `(c0 + wait) / penalty.v + drift` for `penalty.v * (c0 + wait) + drift`.
+# Dies when lyapunov.py says `(c0 + wait) / penalty.v, added(` for `penalty.v * (c0 + wait), added(`.
 def test_a_large_v_chooses_the_cheapest_and_a_small_v_the_least_work() -> None:
     c0, work = np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0])[:, None] * np.ones(4)
     chosen = [int(value(Penalty(1.0, v=v), c0, np.ones(4), work, np.ones(4)).argmin()) for v in (1e-6, 1e6)]
     assert chosen == [2, 0]
 
 
-# Dies when lyapunov.py says `+ (virtual**2 * g).sum(axis=-1)` for `+ (virtual * g).sum(axis=-1)`.
+# Dies when lyapunov.py says `+ (virtual**2 * self.g).sum(axis=-1)` for `+ (virtual * self.g).sum(axis=-1)`.
 @given(COSTS, MATRIX, FOUR, FOUR, FOUR, MATRIX, st.floats(0.01, 100))
 def test_scaling_v_weights_and_virtual_queues_together_changes_no_choice(
     c0: Floats, work: Floats, queues: Floats, weights: Floats, z: Floats, g: Floats, factor: float

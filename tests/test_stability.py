@@ -40,7 +40,7 @@ def quiet(tell: str) -> None:
     pass
 
 
-# Dies when lyapunov.py says `(c0 + wait) + penalty.v * drift(` for `penalty.v * (c0 + wait) + drift(`.
+# Dies when lyapunov.py says `(c0 + wait), penalty.v * added(` for `penalty.v * (c0 + wait), added(`.
 def test_a_larger_v_buys_a_smaller_penalty_with_a_longer_backlog() -> None:
     figures = Figures("stability")
     bench.trade_off(bench.Amount(6, 120), (1.0, 64.0), figures, quiet)

@@ -64,7 +64,7 @@ def test_the_device_pays_from_arrival_to_the_last_token() -> None:
     assert shown.total_j == pytest.approx(shown.device_j + servers_j)
 
 
-# Dies when cost/price.py says `whole["others_j"] + 0 * ` for `whole["others_j"] + `.
+# Dies when cost/price.py says `others_j + 0 * others_idle_w` for `others_j + others_idle_w`.
 def test_a_peer_idles_for_as_long_as_the_request_lasts() -> None:
     peer = box(idle_w=3, decode_w=8, prefill_w=10, pue=1.25)
     here = world(SMALL, box(idle_w=2, decode_w=7, prefill_w=9), peer, link=LinkSpec(0.1, 1e6, 1e6))
