@@ -55,7 +55,7 @@ def small(folder: Path) -> Setting:
     return setting
 
 
-# Dies when policies/guided.py says `prepared.weights * scale / 2` for `prepared.weights * scale`.
+# Dies when policies/guided.py says `wanted = values.argmax(axis=1)` for `wanted = values.argmin(axis=1)`.
 @pytest.mark.parametrize("tools", ["", "+tools"])
 def test_neutral_weights_are_exact_drift_plus_penalty_in_every_request(weights: Path, tools: str) -> None:
     setting = small(weights)
