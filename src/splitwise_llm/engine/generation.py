@@ -437,23 +437,25 @@ class Generation:
         caught = False
         while self._away:
             number, away = self._away.popitem()
-            mine = self.ids[away.start :]
+            mine, known = self.ids[away.start :], len(self.ids)
             same = next((n for n, (a, b) in enumerate(zip(mine, away.ids, strict=False)) if a != b), len(mine))
-            if same < min(len(mine), len(away.ids)) or away.start > len(self.ids):
+            is_rubbish = away.start > known or max(away.ids) >= self._device.machine.spec.vocab_size
+            if same < min(len(mine), len(away.ids)) or is_rubbish:
                 if self._peers[number].is_open:
-                    await self._peers[number].ask(Halt(away.run, keep=away.start + same), Halted, away.run)
+                    keep = min(away.start + same, known)
+                    await self._peers[number].ask(Halt(away.run, keep=keep), Halted, away.run)
                 continue
-            late = away.ids[len(mine) :]
-            if late:
+            if len(away.ids) > len(mine):
                 await self._background.stop("move")
                 await self._background.stop("shadow")
-                for id_ in late:
+                for token in away.ids[len(mine) :]:
                     if not self._is_over:
-                        self._add(id_)
+                        self._add(token)
+                late = len(self.ids) - known
                 run = self._filling.broken.get(number)
                 if run is not None and run.extent.run == away.run:
-                    run.depths += [run.depths[-1] if run.depths else 0] * len(late)
-                self._tell("caught-up", f"{len(late)} tokens that {self._device.names[number]} made meanwhile")
+                    run.depths += [run.depths[-1] if run.depths else 0] * late
+                self._tell("caught-up", f"{late} tokens that {self._device.names[number]} made meanwhile")
                 caught = True
                 if not self._is_over and number not in self.decision.partition.machines:
                     await self._moving.reconsider()

@@ -103,7 +103,7 @@ class Away(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
     run: Count
     start: Count
-    ids: list[Count]
+    ids: Annotated[list[Count], msgspec.Meta(min_length=1)]
 
 
 class Opened(_Header, frozen=True, tag="opened"):
