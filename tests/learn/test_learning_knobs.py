@@ -15,7 +15,6 @@ from splitwise_llm.learn.env import CourseEnv, Twin
 from splitwise_llm.learn.parallel import ParallelEnv
 from splitwise_llm.learn.train import (
     CONFIGS,
-    Validation,
     _origin,
     _state,
     begin_at,
@@ -204,12 +203,6 @@ def test_a_run_that_began_elsewhere_is_not_gone_on_with(tmp_path: Path, one: Cou
     for other in (_origin(None, []), _origin(start, []), _origin(replace(start, heads=start.heads + 1), [lived])):
         with pytest.raises(SpecError, match="began at other weights or records"):
             _state(TINY, tmp_path, other)
-
-
-def test_what_was_lived_chooses_among_the_weights_too(one: Course) -> None:
-    validation = Validation(TINY, more=[replace(one, name="lived")])
-    assert len(validation.names) == TINY.validation + 1
-    assert validation.names[-1] == "lived"
 
 
 def test_configurations_are_named_or_read(tmp_path: Path) -> None:

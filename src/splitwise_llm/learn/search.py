@@ -12,19 +12,17 @@ outlook comes first, and the other way round: an expectation and no bias, it is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from splitwise_llm.learn.courses import Course
+from splitwise_llm.learn.forks import in_forks
 from splitwise_llm.lyapunov import Budgets
-from splitwise_llm.observation import Menu
+from splitwise_llm.observation import Chooser, Menu
 from splitwise_llm.policies.features import features
 from splitwise_llm.policies.guided import Guide
 from splitwise_llm.policies.knobs import HEADS, NEUTRAL, SIZES, Knobs, Mode
@@ -128,7 +126,7 @@ def _actions(rules: Sequence[Rule], now: Ints, masks: Bools) -> Ints:
     return actions
 
 
-def cost(course: Course, traces: Traces, chooser: _Holding) -> Floats:
+def cost(course: Course, traces: Traces, chooser: Chooser) -> Floats:
     """(traces,): mean cost of a request, in reference times."""
     records = simulate(course.params, traces, chooser)
     penalty, counted = course.params.penalty, records.counted()
@@ -221,34 +219,27 @@ def lessons(
     told: Callable[[Lesson], None], folder: Path,
 ) -> list[Lesson]:  # fmt: skip
     """One of each course, in their order, whoever computes them; each is kept in `folder` and not sought again."""
-    global _COURSES  # noqa: PLW0603 - what forked processes inherit; tables do not travel
-    _COURSES = courses
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = [(folder / f"{n}.npz", n, (seed + n, worlds, requests, samples)) for n in range(len(courses))]
+
+    def one(number: int) -> Lesson:
+        file = folder / f"{number}.npz"
+        if file.exists():
+            with np.load(file) as kept:
+                return Lesson(
+                    str(kept["course"]), str(kept["rules"]), float(kept["saved"]), kept["seen"], kept["actions"],
+                    kept["low"], kept["high"],
+                )  # fmt: skip
+        found = lesson(courses[number], seed + number, worlds, requests, samples)
+        part = file.with_suffix(".part.npz")
+        np.savez(part, **{item.name: getattr(found, item.name) for item in fields(found)})
+        part.replace(file)  # whole or not at all: a run may be stopped at any time
+        return found
+
     found = []
-    with ProcessPoolExecutor(processes, get_context("fork")) if processes > 1 else nullcontext() as pool:
-        for one in pool.map(_lesson, tasks) if pool else map(_lesson, tasks):
-            told(one)
-            found.append(one)
+    for each in in_forks(one, len(courses), processes):
+        told(each)
+        found.append(each)
     return found
-
-
-_COURSES: Sequence[Course] = ()
-
-
-def _lesson(task: tuple[Path, int, tuple[int, int, int, int]]) -> Lesson:
-    file, number, sizes = task
-    if file.exists():
-        with np.load(file) as kept:
-            return Lesson(
-                str(kept["course"]), str(kept["rules"]), float(kept["saved"]), kept["seen"], kept["actions"],
-                kept["low"], kept["high"],
-            )  # fmt: skip
-    one = lesson(_COURSES[number], *sizes)
-    part = file.with_suffix(".part.npz")
-    np.savez(part, **{item.name: getattr(one, item.name) for item in fields(one)})
-    part.replace(file)  # whole or not at all: a run may be stopped at any time
-    return one
 
 
 __all__ = ["Lesson", "Moment", "Rule", "candidates", "lesson", "lessons", "moments", "outlooks"]

@@ -8,10 +8,9 @@
 4. Proximal policy optimisation with action masks (sb3-contrib's `MaskablePPO`) goes on from there, moment by moment.
    Two things are ours: decisions are not equally far apart in time, so each step has a discount of its own (`Buffer`);
    and the prices of budgets rise while they are overspent (`env`).
-5. From time to time the weights are kept beside the learner's state: a run that was stopped goes on from there. What is
-   kept at the end is the best on courses set apart, which no gradient has seen: by what it saves there less what it
-   loses beyond `HARM` in any one. Each time several cautions are judged, how much better than neutral a value must
-   look; and before everything else the outlook alone.
+5. From time to time what was learned is judged on courses set apart (`judging`), as it is and knob by knob, and the
+   best is kept, beside the learner's state: a run that was stopped goes on from there. The first to be judged is the
+   outlook alone.
 
 Same seed, same machine type: the same weights.
 """
@@ -39,27 +38,16 @@ from torch import Tensor, nn
 from splitwise_llm.errors import SpecError
 from splitwise_llm.learn.courses import Course, courses
 from splitwise_llm.learn.env import CourseEnv, Learnable
+from splitwise_llm.learn.judging import WHOLE, Judgement, Validation, candidates, freed
 from splitwise_llm.learn.parallel import ParallelEnv
 from splitwise_llm.learn.search import Lesson, lessons
 from splitwise_llm.observation import EPOCHS, SEEN
 from splitwise_llm.policies.features import COUNT
-from splitwise_llm.policies.guided import Constant
-from splitwise_llm.policies.knobs import NEUTRAL, SIZES, START
-from splitwise_llm.policies.mind import Mind
+from splitwise_llm.policies.knobs import NEUTRAL, SIZES
 from splitwise_llm.policies.network import NAMES, Network
-from splitwise_llm.sim.draws import draw
-from splitwise_llm.sim.episode import simulate
 from splitwise_llm.sim.scenarios import TRAIN
 
 Tell = Callable[[str], None]
-
-ALONE = 100.0
-"""Logits beyond what any other value comes to."""
-
-VALIDATION_SEED = TRAIN.seed + 500_000
-"""Of the courses, and of the traces, that only choose among weights."""
-HARM = 0.005
-"""Share of a course's cost up to which what it loses is made up for by what others gain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +85,6 @@ class Config:
     validation: int = 16
     """Courses set apart."""
     validation_worlds: int = 24
-    cautions: tuple[float, ...] = (0.0, 1.5)
-    """Logits that values beside neutral, or beside the outlook, must have more."""
 
     def __post_init__(self) -> None:
         if min(self.courses, self.worlds, self.steps, self.validate_every, self.validation) < 1:
@@ -272,40 +258,6 @@ def imitate(model: MaskablePPO, taught: Sequence[Lesson], steps: int, seed: int)
     return float(loss.detach())
 
 
-class Validation:
-    """Courses set apart, and what exact drift plus penalty costs on them."""
-
-    def __init__(self, config: Config, processes: int = 1, more: Sequence[Course] = ()) -> None:
-        self._cases = []
-        for number, one in enumerate([*courses(VALIDATION_SEED, config.validation, processes), *more]):
-            devices = one.params.num_devices
-            worlds, requests = (
-                max(config.validation_worlds // devices**0.5, 4),
-                max(config.lesson_requests // devices, 16),
-            )
-            traces = draw(one.params, VALIDATION_SEED + number, range(int(worlds)), requests)
-            self._cases.append((one, traces, self._cost(one, traces, None)))
-
-    @staticmethod
-    def _cost(course: Course, traces: Any, mind: Network | None) -> float:
-        chooser = Constant(course.guide) if mind is None else Mind(course.guide, mind)
-        records = simulate(course.params, traces, chooser)
-        penalty, at = course.params.penalty, records.counted()
-        cost = records.total_s / penalty.t_ref_s + penalty.w_energy * records.device_j / penalty.e_ref_j
-        return float(np.nanmean(cost[at]))
-
-    def gain(self, mind: Network) -> tuple[float, float, list[float]]:
-        """How much less the network costs, as mean of logs over the courses; the same less what any of them loses
-        beyond `HARM`; and each course's share."""
-        each = [1 - self._cost(course, traces, mind) / cost for course, traces, cost in self._cases]
-        gain = 0.0 - float(np.mean(np.log1p(-np.minimum(each, 0.99))))
-        return gain, gain - float(np.maximum(-np.array(each) - HARM, 0.0).sum()), each
-
-    @property
-    def names(self) -> list[str]:
-        return [course.name for course, _, _ in self._cases]
-
-
 def train(
     config: Config, folder: Path, tell: Tell, *, start: Network | None = None, more: Sequence[Course] = (),
     processes: int = 1, device: str = "cpu",
@@ -325,7 +277,7 @@ def train(
     drawn = courses(TRAIN.seed + config.seed, config.courses, processes)
     given = ([*drawn, *more], config.worlds, config.seed, config.requests)
     env = ParallelEnv(*given, processes) if processes > 1 else CourseEnv(*given)
-    validation = Validation(config, processes, more)
+    validation = Validation(config.validation, config.validation_worlds, config.lesson_requests, processes, more)
     model = learner(config, env, device)
     if start is not None:
         begin_at(model, start)
@@ -342,13 +294,15 @@ def train(
         taught = _taught(config, drawn, folder, processes, tell)
         for one in taught:
             env.low, env.high = np.minimum(env.low, one.low[:COUNT]), np.maximum(env.high, one.high[:COUNT])
-        alone = turned_to(network(model, env), START)
-        _keep(folder, state, "the outlook alone", alone, validation.gain(alone), tell)
+        state["alone"] = _judge(folder, state, "the outlook alone", freed(network(model, env), ()), validation, tell)
         loss = imitate(model, taught, config.imitation, config.seed)
         tell(f"imitated to {loss:.3f} nats per knob")
+    else:
+        state["alone"] = validation.judge(freed(start, ())).worth
+        state["began"] = _judge(folder, state, "the weights it began at", start, validation, tell)
     model._setup_learn(config.updates * config.steps * env.num_envs, None, reset_num_timesteps=True)
-    if not state["curve"]:
-        _validate(config, folder, state, model, env, validation, tell)
+    if start is None and not state["curve"]:
+        _validate(folder, state, model, env, validation, tell)
     began, first = time.monotonic(), state["updates"]
     for update in range(first, config.updates):
         model.collect_rollouts(env, _NOTHING, model.rollout_buffer, config.steps, use_masking=True)
@@ -359,11 +313,11 @@ def train(
         if update + 1 == config.updates or (update + 1) % config.validate_every == 0:
             pace = (time.monotonic() - began) / (update + 1 - first)
             tell(f"update {update + 1} of {config.updates}, {pace * (config.updates - update - 1):.0f} s to go")
-            _validate(config, folder, state, model, env, validation, tell)
+            _validate(folder, state, model, env, validation, tell)
         model.logger.dump((update + 1) * config.steps * env.num_envs)
     env.close()
     model.logger.close()
-    if start is not None and state["best"] == state["curve"][0][1]:
+    if state["best"] == state.get("began"):
         tell("nothing that was learned saves more than the weights it began at: those are kept")
     return folder / "splitwise.npz"
 
@@ -390,45 +344,37 @@ def _taught(
 
 
 def _validate(
-    config: Config, folder: Path, state: dict[str, Any], model: MaskablePPO, env: Learnable, validation: Validation,
-    tell: Tell,
+    folder: Path, state: dict[str, Any], model: MaskablePPO, env: Learnable, validation: Validation, tell: Tell
 ) -> None:  # fmt: skip
     """Judge the network on courses set apart, keep the best, and everything that going on needs."""
-    mind = network(model, env)
-    for caution in config.cautions:
-        careful = turned_to(mind, START, caution)
-        found = validation.gain(careful)
-        if not caution:
-            model.logger.record("validation/gain", found[0])
-            for name, one in zip(validation.names, found[2], strict=True):
-                model.logger.record(f"validation/{name}", one)
-            state["curve"].append([state["updates"], found[0]])
-        _keep(folder, state, f"caution {caution:g}", careful, found, tell)
+    for name, mind, found in candidates(network(model, env), validation, state["alone"]):
+        if name == WHOLE:
+            model.logger.record("validation/gain", found.gain)
+            for course, one in zip(validation.names, found.each, strict=True):
+                model.logger.record(f"validation/{course}", one)
+            state["curve"].append([state["updates"], found.gain])
+        _keep(folder, state, name, mind, found, tell)
     model.save(str(folder / "learner.zip"), exclude=["rollout_buffer", "env"])
     np.savez(folder / "range.npz", low=env.low, high=env.high)
     _write(folder, state)
 
 
-def _keep(
-    folder: Path, state: dict[str, Any], name: str, mind: Network, found: tuple[float, float, list[float]], tell: Tell
-) -> None:  # fmt: skip
+def _judge(
+    folder: Path, state: dict[str, Any], name: str, mind: Network, validation: Validation, tell: Tell
+) -> float:  # fmt: skip
+    """What these weights are worth; the best so far are kept."""
+    found = validation.judge(mind)
+    _keep(folder, state, name, mind, found, tell)
+    return found.worth
+
+
+def _keep(folder: Path, state: dict[str, Any], name: str, mind: Network, found: Judgement, tell: Tell) -> None:
     """The weights, if they are the best so far by what they save and lose."""
-    gain, judged, each = found
-    is_best = state["best"] is None or judged > state["best"]
+    is_best = state["best"] is None or found.worth > state["best"]
     if is_best:
-        state["best"] = judged
+        state["best"] = found.worth
         mind.save(folder / "splitwise.npz")
-    tell(
-        f"{name}: saves {100 * gain:+.2f} % of drift's cost on courses set apart, at worst {100 * min(each):+.2f} % in "
-        f"one{', the best so far' if is_best else ''}"
-    )
-
-
-def turned_to(mind: Network, values: Sequence[int], logits: float = ALONE) -> Network:
-    """The network with so much more for these values of the heads."""
-    bias = mind.heads_bias.copy()
-    bias[np.cumsum([0, *SIZES[:-1]]) + np.array(values)] += np.float32(logits)
-    return replace(mind, heads_bias=bias)
+    tell(f"{name}: {found}{', the best so far' if is_best else ''}")
 
 
 def _write(folder: Path, state: dict[str, Any]) -> None:
@@ -476,4 +422,4 @@ class _Nothing:
 
 
 _NOTHING: Any = _Nothing()
-__all__ = ["CONFIGS", "Config", "Validation", "network", "read_config", "train"]
+__all__ = ["CONFIGS", "Config", "network", "read_config", "train"]
