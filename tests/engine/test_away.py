@@ -206,8 +206,8 @@ def test_a_longer_answer_goes_on_where_it_was_as_soon_as_it_can(tiny: Callable[[
     assert record.recomputed_tokens == 0
 
 
-# Dies when engine/generation.py says `if same < 0 or` for `if same < min(len(mine), len(away.ids)) or`.
-# Dies when engine/generation.py says `> 10**9` for `>= self._device.machine.spec.vocab_size`.
+# Dies when engine/meanwhile.py says `return None` for `return away.start + differs`.
+# Dies when engine/meanwhile.py says `> 10**9` for `>= vocab_size`.
 @pytest.mark.parametrize("where", [AT_TOKEN, -1], ids=["another text", "no word at all"])
 def test_another_text_than_the_one_there_is_is_not_taken_and_its_cache_is_cut(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, where: int
