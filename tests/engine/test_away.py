@@ -4,13 +4,13 @@ where it goes on from the text there is."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
-from engine.raw_sessions import Lab, held, play
+from engine.raw_sessions import Lab, Play, held
 from splitwise_llm.bench.in_process import in_process
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine import hosted
@@ -29,22 +29,11 @@ from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.memory import memory_pair
 from splitwise_llm.wire.messages import Away, Data, Halt, Halted
 
-Play = Callable[..., None]
 PROMPT, TOKENS = [17, 3, 99, 54], 18
 RULES = RecoveryRules(
     least_limit_s=0.15, heartbeat_s=0.1, base_s=0.01, cap_s=0.2, floor_s=0.005, attempt_s=0.15, budget_s=10.0
 )
 OUTAGE_S, AT_TOKEN = 1.0, 3
-
-
-@pytest.fixture
-def scene(tiny: Callable[[str], Path]) -> Play:
-    checkpoint = Checkpoint(tiny("llama"))
-
-    def run(one: Callable[[Lab], Awaitable[None]], **options: object) -> None:
-        play(checkpoint, one, **options)
-
-    return run
 
 
 # The worker, word by word

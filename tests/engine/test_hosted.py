@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import msgspec
 import pytest
 
-from engine.raw_sessions import Lab, Speaker, held, kept, play, stream
+from engine.raw_sessions import Lab, Play, Speaker, held, kept, stream
 from splitwise_llm import cost
-from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import Kind
 from splitwise_llm.spec import Dtype, Weights
@@ -35,18 +32,7 @@ from splitwise_llm.wire.messages import (
     Welcome,
 )
 
-Play = Callable[..., None]
 ALL_GROUPS = (0, 1, 2, 3)
-
-
-@pytest.fixture
-def scene(tiny: Callable[[str], Path]) -> Play:
-    checkpoint = Checkpoint(tiny("llama"))
-
-    def run(one: Callable[[Lab], Awaitable[None]], **options: object) -> None:
-        play(checkpoint, one, **options)
-
-    return run
 
 
 # Runs
