@@ -27,7 +27,7 @@ from splitwise_llm.wire.faulty import FaultyConnect
 from splitwise_llm.wire.injector import Faults
 from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.memory import memory_pair
-from splitwise_llm.wire.messages import Away, Data, Halt, Halted
+from splitwise_llm.wire.messages import Away, Data, Halt, Halted, unpack
 
 PROMPT, TOKENS = [17, 3, 99, 54], 18
 RULES = RecoveryRules(
@@ -90,6 +90,43 @@ def test_what_another_text_has_gone_on_from_is_cut_on_the_devices_word(scene: Pl
             assert {filled for _, filled in held(cut).values()} == {7}
         async with lab.session() as (_, opened):
             assert opened.away is None
+
+    scene(one)
+
+
+# Dies when engine/hosted.py says `if keep > 10**9 or` for `if keep >= 0 or`.
+def test_a_loop_that_is_ended_at_once_leaves_what_the_device_knows(scene: Play) -> None:
+    """What it made behind that nobody takes any more: another text may go on from there."""
+
+    async def one(lab: Lab) -> None:
+        async with lab.session() as (device, _):
+            await lab.begun(device, 1, lab.partition("all:cloud"), tokens=TOKENS)
+            await device.say(Data(1, 0, -1, "prompt", 0, 1, 0, "ids", 4, 1), _ids(PROMPT))
+            for step in range(4):
+                await lab.token(device, step)
+            await device.say(Halt(1, at_once=True, keep=5))
+            while not isinstance(halted := unpack(await device.frame() or b"")[0], Halted):
+                pass
+            assert {filled for _, filled in held(halted).values()} == {5}
+        async with lab.session() as (_, opened):
+            assert opened.away is None, "the device has said how much of it is right"
+
+    scene(one)
+
+
+# Dies when engine/hosted.py says `if walker.needs_nobody and not walker.halting` for `if walker.makes_tokens_alone`.
+def test_a_loop_whose_last_word_is_lost_says_what_it_made_when_the_device_is_back(scene: Play) -> None:
+    async def one(lab: Lab) -> None:
+        async with lab.session() as (device, _):
+            await lab.begun(device, 1, lab.partition("all:cloud"), tokens=TOKENS)
+            await device.say(Data(1, 0, -1, "prompt", 0, 1, 0, "ids", 4, 1), _ids(PROMPT))
+            first = await lab.token(device, 0)
+            await device.say(Halt(1))
+            await asyncio.sleep(0.1)
+        async with lab.session() as (_, opened):
+            assert opened.away is not None
+            assert (opened.away.run, opened.away.start, opened.away.ids[0]) == (1, 4, first)
+            assert {filled for _, filled in held(opened).values()} == {4 + len(opened.away.ids) - 1}
 
     scene(one)
 
@@ -202,11 +239,12 @@ def test_another_text_than_the_one_there_is_is_not_taken_and_its_cache_is_cut(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, where: int
 ) -> None:
     cut: list[int] = []
-    stop_loops, halt = hosted.Hosted._stop_loops, hosted.Hosted._halt
+    stop_runs, halt = hosted.Hosted._stop_runs, hosted.Hosted._halt
 
-    async def another(self: hosted.Hosted) -> None:
-        await stop_loops(self)
-        if self._away is not None:
+    async def another(self: hosted.Hosted, besides_loops: bool = False) -> None:
+        had = self._away
+        await stop_runs(self, besides_loops)
+        if self._away is not None and self._away is not had:
             ids = list(self._away.ids)
             ids[where] = (ids[where] + 1) % 100 if where >= 0 else 10**6
             self._away = Away(self._away.run, self._away.start, ids)
@@ -215,7 +253,7 @@ def test_another_text_than_the_one_there_is_is_not_taken_and_its_cache_is_cut(
         cut.append(word.keep)
         await halt(self, link, word)
 
-    monkeypatch.setattr(hosted.Hosted, "_stop_loops", another)
+    monkeypatch.setattr(hosted.Hosted, "_stop_runs", another)
     monkeypatch.setattr(hosted.Hosted, "_halt", noted)
     record = asyncio.run(_disturbed(tiny("llama"), 0.0))
     assert record.token_ids == asyncio.run(_undisturbed(tiny("llama")))

@@ -496,8 +496,7 @@ class Generation:
 
     def away(self, number: int, said: Away) -> None:
         """A worker went on while it was out of reach: what runs meanwhile ends at its next token."""
-        self._meanwhile.said[number] = said
-        if self._halting.current is not None:
+        if self._meanwhile.hear(number, said) and self._halting.current is not None:
             self._halting.is_due.set()
 
     def told(self, kind: str, text: str) -> None:

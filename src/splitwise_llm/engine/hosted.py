@@ -109,7 +109,7 @@ class Hosted:
         """For token loops of its own; what it has learnt is good for later runs."""
         self._running: dict[int, _Running] = {}
         self._away: Away | None = None
-        """What was made since the device was lost, until it goes on from there."""
+        """What the last token loop here made, of which the device may not have heard, until it goes on from there."""
         self.neighbours = Neighbours(opening.session, self.number, opening.names, dial, self._office, self._links)
         self._serving: asyncio.Task[None] | None = None
         self._is_over = False
@@ -153,7 +153,7 @@ class Hosted:
         over (True) or the link ends (False). Raises SplitwiseError for what ends the session."""
         async with self._changing:
             await self._detach()
-            await self._stop_loops()
+            await self._stop_runs()
             self._links[DEVICE] = link
             serving = self._serving = asyncio.create_task(self._take_orders(link, known, advert))
         try:
@@ -180,15 +180,6 @@ class Hosted:
             await asyncio.gather(serving, return_exceptions=True)
         await self._stop_runs(besides_loops=True)
         self._links.pop(DEVICE, None)
-
-    async def _stop_loops(self) -> None:
-        """End what went on without the device, and keep what it made."""
-        loops = [running.walker for running in self._running.values()]
-        await self._stop_runs()
-        for walker in loops:
-            if walker.made:
-                extent = walker.post.extent
-                self._away = Away(extent.run, extent.known, walker.made)
 
     async def drop(self) -> None:
         """Forget everything."""
@@ -295,6 +286,8 @@ class Hosted:
                 raise ProtocolError(f"machine {machine} is not to be dialled by machine {self.number}")
         if len(pairs) < len(begin.direct) or any(len(p) < 2 or max(p) >= num_machines for p in pairs):
             raise ProtocolError(f"direct links {begin.direct} name a pair twice, or machines that are not there")
+        if begin.run in self._running:
+            raise ProtocolError(f"run {begin.run} has begun already")
         for wire in (begin.wire, begin.prefill_wire or begin.wire):
             if wire not in list(WirePrecision):
                 raise RequestError(f"unknown wire precision {wire!r}; known are {', '.join(WirePrecision)}")
@@ -356,8 +349,8 @@ class Hosted:
         if running.walker.makes_tokens_alone and running.walker.post.extent.tokens and not halt.at_once:
             running.walker.halting = True
             await asyncio.wait({running.task})
-        self._running.pop(halt.run, None)
         await self._end(running, halt.keep)
+        self._running.pop(halt.run, None)
         post = running.walker.post
         crossed = [messages.Crossed(c.after, c.kind, c.src, c.dst, c.count, c.payload_bytes) for c in post.crossings]
         drafts = post.plan.decision.draft and post.plan.loop_machine == self.number
@@ -366,22 +359,25 @@ class Hosted:
         await link.send(pack(halted, messages.pack_intervals(running.walker.intervals)))
 
     async def _end(self, running: _Running, keep: int = -1) -> None:
-        """What a run drafted and nobody accepted is forgotten with it."""
+        """What a run drafted and nobody accepted is forgotten with it, or what the device does not keep. A link may die
+        meanwhile, and whoever ends this: it is forgotten as a run only afterwards, and may be ended twice."""
         running.task.cancel()
         await asyncio.gather(running.task, return_exceptions=True)
-        walker = running.walker
-        self._office.close(walker.post.extent.run)
+        walker, extent = running.walker, running.walker.post.extent
+        self._office.close(extent.run)
         await self._machine.settle()
-        if walker.plan.decision.draft and walker.post.extent.tokens:
+        if keep >= 0 or (walker.plan.decision.draft and extent.tokens):
             certain = keep if keep >= 0 else walker.certain
             await self._shares.cut(certain)
             self._kept.truncate(certain)
+        if walker.makes_tokens_alone and walker.made:
+            self._away = Away(extent.run, extent.known, walker.made) if keep < 0 else None
 
     async def _stop_runs(self, besides_loops: bool = False) -> None:
         for run, running in list(self._running.items()):
             if not (besides_loops and running.walker.needs_nobody):
-                self._running.pop(run, None)
                 await self._end(running)
+                self._running.pop(run, None)
 
     # Caches
 

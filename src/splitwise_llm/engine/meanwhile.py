@@ -29,7 +29,19 @@ class Meanwhile:
     """By worker, the last run that failed there."""
     tell: Callable[[str, str], None]
     said: dict[int, Away] = field(default_factory=dict)
-    """By worker, what it made, and nobody has looked at yet; of what it says twice the later."""
+    """By worker, what it made that is not in the text there is; of what it says twice the later."""
+
+    def hear(self, number: int, away: Away) -> bool:
+        """A worker is back, and says what it made; whether that is more than the text there is, or another."""
+        is_news = parting(self.text.ids, away, self.vocab_size) is not None or bool(self._late(away))
+        self.said.pop(number, None)
+        if is_news:
+            self.said[number] = away
+        return is_news
+
+    def _late(self, away: Away) -> list[int]:
+        """What follows the text there is."""
+        return away.ids[max(len(self.text.ids) - away.start, 0) :]
 
     async def take(self) -> int | None:
         """Take what one worker made; its number, or None once nobody made anything that could be taken. Who made
@@ -40,7 +52,7 @@ class Meanwhile:
             if keep is not None:
                 if self.peers[number].is_open:
                     await self.peers[number].ask(Halt(away.run, keep=keep), Halted, away.run)
-            elif late := away.ids[len(self.text.ids) - away.start :]:
+            elif late := self._late(away):
                 await self._add(number, away.run, late)
                 return number
         return None
