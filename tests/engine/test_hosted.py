@@ -107,6 +107,21 @@ def test_what_comes_for_a_run_that_is_over_or_was_replaced_is_dropped(scene: Pla
     scene(one)
 
 
+# Dies when engine/hosted.py says `if begin.run < 0:` for `if begin.run in self._running:`.
+def test_a_run_that_has_begun_is_not_begun_again(scene: Play) -> None:
+    """Nobody would ever end the task of the one before it."""
+
+    async def one(lab: Lab) -> None:
+        async with lab.session() as (device, _):
+            await lab.begun(device)
+            await device.say(lab.begin())
+            failed = await device.hear(Failed)
+            assert (failed.run, failed.error) == (1, "ProtocolError")
+            assert await lab.decode(device, 0, 4, 6) == lab.expected[3:6]
+
+    scene(one)
+
+
 def test_a_token_loop_is_halted_at_a_token_and_goes_on_from_there(scene: Play) -> None:
     async def one(lab: Lab) -> None:
         everything = Partition.all_on(lab.checkpoint.architecture.spec, 1)

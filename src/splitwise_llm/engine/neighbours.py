@@ -55,21 +55,19 @@ class Neighbours:
 
     async def _joined(self, machine: int, address: str) -> Link:
         """A link to another worker of this session, which has taken it for that. Raises SplitwiseError."""
-        link = await self.dial(address)
+        link, frame = await self.dial(address), None
         try:
             await link.send(pack(Join(self.session, self.number)))
-            async with asyncio.timeout(JOINING_S):
-                frame = await link.receive()
-        except TimeoutError:
-            frame = None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(JOINING_S):
+                    frame = await link.receive()
+            answer = unpack(frame)[0] if frame is not None else None
+            if not isinstance(answer, Opened):
+                why = answer.message if isinstance(answer, Failed) else "it says nothing of the kind"
+                raise WorkerFailed(f"{self.names[machine]} ({address}) does not join: {why}")
         except BaseException:
             await link.close()
             raise
-        answer = unpack(frame)[0] if frame else None
-        if not isinstance(answer, Opened):
-            await link.close()
-            why = answer.message if isinstance(answer, Failed) else "it closed the link"
-            raise WorkerFailed(f"{self.names[machine]} ({address}) does not join: {why}")
         return link
 
     async def join(self, link: Link, machine: int) -> None:
