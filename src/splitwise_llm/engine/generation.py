@@ -150,7 +150,7 @@ class Generation:
         )  # fmt: skip
         self._meanwhile = Meanwhile(
             device.names, device.machine.spec.vocab_size, self._peers, self._text, self._background,
-            self._filling.broken, self._tell,
+            self._runs, self._tell,
         )  # fmt: skip
         self._standby = Standby(device.machine, journal, self._shares, self._filling, self._moving, self._tell)
 

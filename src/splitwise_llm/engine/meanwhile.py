@@ -6,7 +6,7 @@ It does not know how a worker is reached again, nor what runs next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from splitwise_llm.engine.account import Run
@@ -25,8 +25,8 @@ class Meanwhile:
     peers: dict[int, Peer]
     text: Text
     background: Background
-    broken: Mapping[int, Run]
-    """By worker, the last run that failed there."""
+    runs: Sequence[Run]
+    """So far."""
     tell: Callable[[str, str], None]
     said: dict[int, Away] = field(default_factory=dict)
     """By worker, what it made that is not in the text there is; of what it says twice the later."""
@@ -58,7 +58,7 @@ class Meanwhile:
         return None
 
     async def _add(self, number: int, run: int, tokens: Sequence[int]) -> None:
-        """As many of them as the answer still wants; a run that a fault ended has made them after all."""
+        """As many of them as the answer still wants; a run that has ended here made them after all."""
         for what in ("move", "shadow"):  # both fill for the text as it was
             await self.background.stop(what)
         before = self.text.count
@@ -66,9 +66,9 @@ class Meanwhile:
             if not self.text.is_over:
                 self.text.add(token)
         count = self.text.count - before
-        broken = self.broken.get(number)
-        if broken is not None and broken.extent.run == run:
-            broken.made_late(count)
+        for one in self.runs:
+            if one.extent.run == run:
+                one.made_late(count)
         self.tell("caught-up", f"{count} tokens that {self.names[number]} made meanwhile")
 
 
