@@ -44,6 +44,8 @@ from splitwise_llm.wire.messages import (
 from splitwise_llm.wire.sequence import Sequenced
 
 H = TypeVar("H", bound=Header)
+Play = Callable[..., None]
+"""A scene, and options of its worker."""
 NAMES = ("edge", "cloud", "third")
 STREAM = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
 """A residual stream, (positions, d_model), as if a device had computed it."""

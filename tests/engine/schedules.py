@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from splitwise_llm import cost
 from splitwise_llm.decision import Decision
-from splitwise_llm.engine import controller, edge, hosted, peer, standby, worker
+from splitwise_llm.engine import controller, edge, hosted, neighbours, peer, standby, worker
 from splitwise_llm.engine import generation as generations
 from splitwise_llm.engine.backoff import RecoveryRules
 from splitwise_llm.engine.drafting import Draft, Drafter, Drafting, Lookup, Pace
@@ -473,7 +473,7 @@ def hurried(schedule: Schedule, texts: Sequence[Sequence[int]]) -> Iterator[None
         patch.setattr(standby, "READY_AFTER_S", 0.01)
         patch.setattr(worker, "RETRY_S", 0.03)
         patch.setattr(worker, "GREETING_S", 0.3)
-        patch.setattr(hosted, "JOINING_S", 0.3)
+        patch.setattr(neighbours, "JOINING_S", 0.3)
         patch.setattr(faulty, "REORDER_HOLD_S", 0.005)
         patch.setattr(faulty, "LINGER_S", 0.1)
         for module in (edge, hosted):

@@ -4,13 +4,13 @@ where it goes on from the text there is."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
-from engine.raw_sessions import Lab, held, play
+from engine.raw_sessions import Lab, Play, held
 from splitwise_llm.bench.in_process import in_process
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine import hosted
@@ -27,24 +27,13 @@ from splitwise_llm.wire.faulty import FaultyConnect
 from splitwise_llm.wire.injector import Faults
 from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.memory import memory_pair
-from splitwise_llm.wire.messages import Away, Data, Halt, Halted
+from splitwise_llm.wire.messages import Away, Data, Halt, Halted, unpack
 
-Play = Callable[..., None]
 PROMPT, TOKENS = [17, 3, 99, 54], 18
 RULES = RecoveryRules(
     least_limit_s=0.15, heartbeat_s=0.1, base_s=0.01, cap_s=0.2, floor_s=0.005, attempt_s=0.15, budget_s=10.0
 )
 OUTAGE_S, AT_TOKEN = 1.0, 3
-
-
-@pytest.fixture
-def scene(tiny: Callable[[str], Path]) -> Play:
-    checkpoint = Checkpoint(tiny("llama"))
-
-    def run(one: Callable[[Lab], Awaitable[None]], **options: object) -> None:
-        play(checkpoint, one, **options)
-
-    return run
 
 
 # The worker, word by word
@@ -101,6 +90,43 @@ def test_what_another_text_has_gone_on_from_is_cut_on_the_devices_word(scene: Pl
             assert {filled for _, filled in held(cut).values()} == {7}
         async with lab.session() as (_, opened):
             assert opened.away is None
+
+    scene(one)
+
+
+# Dies when engine/hosted.py says `if keep > 10**9 or` for `if keep >= 0 or`.
+def test_a_loop_that_is_ended_at_once_leaves_what_the_device_knows(scene: Play) -> None:
+    """What it made behind that nobody takes any more: another text may go on from there."""
+
+    async def one(lab: Lab) -> None:
+        async with lab.session() as (device, _):
+            await lab.begun(device, 1, lab.partition("all:cloud"), tokens=TOKENS)
+            await device.say(Data(1, 0, -1, "prompt", 0, 1, 0, "ids", 4, 1), _ids(PROMPT))
+            for step in range(4):
+                await lab.token(device, step)
+            await device.say(Halt(1, at_once=True, keep=5))
+            while not isinstance(halted := unpack(await device.frame() or b"")[0], Halted):
+                pass
+            assert {filled for _, filled in held(halted).values()} == {5}
+        async with lab.session() as (_, opened):
+            assert opened.away is None, "the device has said how much of it is right"
+
+    scene(one)
+
+
+# Dies when engine/hosted.py says `if walker.needs_nobody and not walker.halting` for `if walker.makes_tokens_alone`.
+def test_a_loop_whose_last_word_is_lost_says_what_it_made_when_the_device_is_back(scene: Play) -> None:
+    async def one(lab: Lab) -> None:
+        async with lab.session() as (device, _):
+            await lab.begun(device, 1, lab.partition("all:cloud"), tokens=TOKENS)
+            await device.say(Data(1, 0, -1, "prompt", 0, 1, 0, "ids", 4, 1), _ids(PROMPT))
+            first = await lab.token(device, 0)
+            await device.say(Halt(1))
+            await asyncio.sleep(0.1)
+        async with lab.session() as (_, opened):
+            assert opened.away is not None
+            assert (opened.away.run, opened.away.start, opened.away.ids[0]) == (1, 4, first)
+            assert {filled for _, filled in held(opened).values()} == {4 + len(opened.away.ids) - 1}
 
     scene(one)
 
@@ -206,18 +232,19 @@ def test_a_longer_answer_goes_on_where_it_was_as_soon_as_it_can(tiny: Callable[[
     assert record.recomputed_tokens == 0
 
 
-# Dies when engine/generation.py says `if same < 0 or` for `if same < min(len(mine), len(away.ids)) or`.
-# Dies when engine/generation.py says `> 10**9` for `>= self._device.machine.spec.vocab_size`.
+# Dies when engine/meanwhile.py says `return None` for `return away.start + differs`.
+# Dies when engine/meanwhile.py says `> 10**9` for `>= vocab_size`.
 @pytest.mark.parametrize("where", [AT_TOKEN, -1], ids=["another text", "no word at all"])
 def test_another_text_than_the_one_there_is_is_not_taken_and_its_cache_is_cut(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, where: int
 ) -> None:
     cut: list[int] = []
-    stop_loops, halt = hosted.Hosted._stop_loops, hosted.Hosted._halt
+    stop_runs, halt = hosted.Hosted._stop_runs, hosted.Hosted._halt
 
-    async def another(self: hosted.Hosted) -> None:
-        await stop_loops(self)
-        if self._away is not None:
+    async def another(self: hosted.Hosted, besides_loops: bool = False) -> None:
+        had = self._away
+        await stop_runs(self, besides_loops)
+        if self._away is not None and self._away is not had:
             ids = list(self._away.ids)
             ids[where] = (ids[where] + 1) % 100 if where >= 0 else 10**6
             self._away = Away(self._away.run, self._away.start, ids)
@@ -226,7 +253,7 @@ def test_another_text_than_the_one_there_is_is_not_taken_and_its_cache_is_cut(
         cut.append(word.keep)
         await halt(self, link, word)
 
-    monkeypatch.setattr(hosted.Hosted, "_stop_loops", another)
+    monkeypatch.setattr(hosted.Hosted, "_stop_runs", another)
     monkeypatch.setattr(hosted.Hosted, "_halt", noted)
     record = asyncio.run(_disturbed(tiny("llama"), 0.0))
     assert record.token_ids == asyncio.run(_undisturbed(tiny("llama")))

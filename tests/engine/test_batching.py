@@ -18,9 +18,10 @@ from torch import Tensor
 
 from splitwise_llm.bench.in_process import in_process
 from splitwise_llm.bench.reference import compare
-from splitwise_llm.engine import batching
-from splitwise_llm.engine.batching import COMPANY_S, LEAST_TURN_ROWS, Company, Job, Piece, Turns, turn_rows, walk
+from splitwise_llm.engine import pieces
+from splitwise_llm.engine.batching import COMPANY_S, LEAST_TURN_ROWS, Company, Turns, turn_rows
 from splitwise_llm.engine.machine import Machine, need_of
+from splitwise_llm.engine.pieces import Job, Piece, walk
 from splitwise_llm.errors import BrokenInvariant, ProtocolError
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.share import Positions, Share
@@ -68,19 +69,19 @@ def bench(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Iterat
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
     """How many sessions were computed together, each time that was more than one."""
     sizes: Counter[int] = Counter()
-    real = batching.together
+    real = pieces.together
 
     def together(shares: Sequence[Share], *rest: object) -> Tensor:
         sizes[len(shares)] += 1
         return real(shares, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(batching, "together", together)
+        patched.setattr(pieces, "together", together)
         yield sizes
 
 
 # Dies when model/share.py says `[ats[0].cos for at in ats]` for `[at.cos for at in ats]`.
-# Dies when engine/batching.py says `start]` for `start and stop <= job.piece.stop]`.
+# Dies when engine/pieces.py says `start]` for `start and stop <= job.piece.stop]`.
 def test_together_is_as_alone_whatever_the_positions_halves_and_units(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,7 +131,7 @@ def test_sessions_with_other_units_of_a_half_are_computed_apart(bench: Bench, mo
         torch.testing.assert_close(job.value, alone, rtol=ROUNDING, atol=ROUNDING)
 
 
-# Dies when engine/batching.py says `[job.x[-1:] for` for `[job.x[-job.piece.head_rows :] for`.
+# Dies when engine/pieces.py says `[job.x[-1:] for` for `[job.x[-job.piece.head_rows :] for`.
 def test_logits_are_those_of_the_last_rows_of_each(bench: Bench) -> None:
     last = 2 * bench.spec.num_layers
     jobs, expected = [], []
@@ -146,7 +147,7 @@ def test_logits_are_those_of_the_last_rows_of_each(bench: Bench) -> None:
         torch.testing.assert_close(job.value, logits, rtol=1e-4, atol=1e-4)
 
 
-# Dies when engine/batching.py says `except BrokenInvariant as error:` for `except Exception as error:`.
+# Dies when engine/pieces.py says `except BrokenInvariant as error:` for `except Exception as error:`.
 def test_what_one_session_breaks_breaks_no_other(bench: Bench) -> None:
     last = 2 * bench.spec.num_layers
     shares = [bench.share(5) for _ in range(5)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -592,7 +593,7 @@ def test_a_round_is_answered_for_every_position_and_the_next_one_begins_behind_w
     play(Checkpoint(tiny("llama")), scene)
 
 
-# Dies when engine/hosted.py says `if False:` for `if walker.plan.decision.draft and walker.post.extent.tokens:`.
+# Dies when engine/hosted.py says `if False:` for `if keep >= 0 or (walker.plan.decision.draft and extent.tokens):`.
 def test_a_link_that_is_lost_in_a_round_leaves_what_is_certain(tiny: Callable[[str], Path]) -> None:
     async def scene(lab: Lab) -> None:
         async with lab.session() as (device, _):
@@ -602,6 +603,35 @@ def test_a_link_that_is_lost_in_a_round_leaves_what_is_certain(tiny: Callable[[s
         async with lab.session() as (device, opened):
             assert opened.known
             assert {filled for _, filled in held(opened).values()} == {5}, "the first of a round is no guess"
+            assert kept(opened) == {4: ((0, 5),)}
+            await device.ask(Close(), Closed)
+
+    play(Checkpoint(tiny("llama")), scene)
+
+
+async def _hung_up_while_busy(lab: Lab, word: Halt, device: Any) -> None:
+    """A run is to end, and the link with it, before the machine is through with something else."""
+    through = threading.Event()
+    busy = asyncio.create_task(lab.worker.machine.compute(through.wait))
+    await asyncio.sleep(0)
+    await device.say(word)
+    await asyncio.sleep(0.05)
+    asyncio.get_running_loop().call_later(0.1, through.set)
+    await device.link.close()
+    await busy
+
+
+# Dies when engine/hosted.py says `running = self._running.pop(halt.run, None)` for
+# `running = self._running.get(halt.run)`.
+def test_a_link_that_is_lost_while_a_run_is_halted_leaves_what_is_certain_too(tiny: Callable[[str], Path]) -> None:
+    async def scene(lab: Lab) -> None:
+        async with lab.session() as (device, _):
+            await _prefilled(lab, device)
+            await device.say(*_data(1, 4, 4))
+            await _follows(device, 1)
+            await _hung_up_while_busy(lab, Halt(1, keep=5), device)
+        async with lab.session() as (device, opened):
+            assert {filled for _, filled in held(opened).values()} == {5}, "what was drafted and never judged is there"
             assert kept(opened) == {4: ((0, 5),)}
             await device.ask(Close(), Closed)
 

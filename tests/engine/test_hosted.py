@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import msgspec
 import pytest
 
-from engine.raw_sessions import Lab, Speaker, held, kept, play, stream
+from engine.raw_sessions import Lab, Play, Speaker, held, kept, stream
 from splitwise_llm import cost
-from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import Kind
 from splitwise_llm.spec import Dtype, Weights
@@ -35,18 +32,7 @@ from splitwise_llm.wire.messages import (
     Welcome,
 )
 
-Play = Callable[..., None]
 ALL_GROUPS = (0, 1, 2, 3)
-
-
-@pytest.fixture
-def scene(tiny: Callable[[str], Path]) -> Play:
-    checkpoint = Checkpoint(tiny("llama"))
-
-    def run(one: Callable[[Lab], Awaitable[None]], **options: object) -> None:
-        play(checkpoint, one, **options)
-
-    return run
 
 
 # Runs
@@ -117,6 +103,21 @@ def test_what_comes_for_a_run_that_is_over_or_was_replaced_is_dropped(scene: Pla
             assert held(over)[4] == (ALL_GROUPS, 6)
             await lab.feed(device, 1, 6, 7, run=3)
             assert await lab.token(device, 1, run=3) == lab.expected[6]
+
+    scene(one)
+
+
+# Dies when engine/hosted.py says `if begin.run < 0:` for `if begin.run in self._running:`.
+def test_a_run_that_has_begun_is_not_begun_again(scene: Play) -> None:
+    """Nobody would ever end the task of the one before it."""
+
+    async def one(lab: Lab) -> None:
+        async with lab.session() as (device, _):
+            await lab.begun(device)
+            await device.say(lab.begin())
+            failed = await device.hear(Failed)
+            assert (failed.run, failed.error) == (1, "ProtocolError")
+            assert await lab.decode(device, 0, 4, 6) == lab.expected[3:6]
 
     scene(one)
 

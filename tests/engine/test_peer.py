@@ -27,6 +27,11 @@ class Listener:
 
     def lost(self, number: int, error: Exception) -> None: ...
 
+    def apart(self, number: int, other: int, why: str) -> None:
+        self.heard.append(("apart", str(other)))
+
+    def failed(self, number: int, run: int, error: Exception) -> None: ...
+
     def asked(self, number: int, why: str) -> None:
         self.heard.append(("asked", why))
 
@@ -72,5 +77,37 @@ def test_a_worker_that_refuses_a_session_on_its_way_back_is_heeded(refusal: Fail
         assert peer.state is state
         assert any(says in text for _, text in listener.heard)
         assert ("asked", "back") not in listener.heard
+
+    asyncio.run(asyncio.wait_for(play(), 10))
+
+
+# Dies when engine/peer.py says `> 255:` for `>= len(self.opening.names):`.
+@pytest.mark.parametrize(("machine", "is_there"), [(1, True), (2, False), (200, False)])
+def test_a_worker_that_names_a_machine_that_is_not_there_is_hung_up_on(machine: int, is_there: bool) -> None:
+    async def play() -> None:
+        near, far = memory_pair(("device", "cloud"))
+
+        async def connect(_: str) -> Link:
+            return near
+
+        async def serve() -> None:
+            link = Sequenced(far)
+            await link.receive()
+            await link.send(pack(Welcome(PROTOCOL_VERSION, "m", "fp32", "full", 1, 1 << 20, 1, "")))
+            await link.receive()
+            await link.send(pack(Opened()))
+            await link.send(pack(Failed("Unreachable", "no way", run=1, machine=machine)))
+
+        serving = asyncio.create_task(serve())
+        listener = Listener()
+        peer = Peer(1, "cloud", connect, "m", cast(Owner, listener), RULES)
+        await peer.meet(0)
+        await peer.open(OPENING)
+        await serving
+        await asyncio.sleep(0.05)
+        assert (("apart", str(machine)) in listener.heard) == is_there
+        assert any("machine" in text for kind, text in listener.heard if kind == "lost") == (not is_there)
+        assert (peer.state is State.CONNECTED) == is_there
+        await peer.leave()
 
     asyncio.run(asyncio.wait_for(play(), 10))

@@ -67,7 +67,7 @@ def test_who_has_just_begun_remembers_nothing_but_that_it_is_there() -> None:
 def test_an_edge_remembers_from_one_request_to_the_next() -> None:
     """The first observation has an empty past; the next request's has the first one's epoch and answer."""
 
-    # Dies when engine/generation.py says `None if self.is_complete` for `self._tokens_out if self.is_complete`.
+    # Dies when engine/generation.py says `None if self.is_complete` for `self._text.count if self.is_complete`.
     async def play() -> tuple[Observation, Observation]:
         async with lab(SLOW, FAST) as one:
             first = await one.observe()

@@ -15,7 +15,8 @@ from itertools import pairwise
 from splitwise_llm.bench.rig import Host, Line
 from splitwise_llm.decision import Decision
 from splitwise_llm.engine.edge import Edge, edge_with
-from splitwise_llm.engine.generation import Generation, Token
+from splitwise_llm.engine.generation import Generation
+from splitwise_llm.engine.text import Token
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.partition import Partition
 from splitwise_llm.records import Event, RequestRecord

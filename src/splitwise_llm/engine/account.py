@@ -67,6 +67,10 @@ class Run:
         )
         return _added([*self.post.crossings, *theirs])
 
+    def made_late(self, count: int) -> None:
+        """So many more of its tokens came when it was over, and by no chain of messages of its own."""
+        self.depths += [self.depths[-1] if self.depths else 0] * count
+
     def check(self) -> None:
         """Raise BrokenInvariant unless what was sent is what the plan says, for a run that was not disturbed."""
         rounds = self.rounds if self.post.plan.decision.draft else None

@@ -256,9 +256,10 @@ class Filling:
             else:
                 fetch = Fetch(half, list(units), carry.start, carry.context)
                 found, payload = await self.peers[carry.src].ask(fetch, Rows, half)
-                if not (isinstance(found, Rows) and found.units):
+                asked = (fetch.units, fetch.start, fetch.stop)  # what was asked before may be answered only now
+                if not isinstance(found, Rows) or (found.units, found.start, found.stop) != asked:
                     await self._inquire(carry.src)
-                    raise WorkerFailed(f"{self.names[carry.src]} does not have any more what was to be carried away")
+                    raise WorkerFailed(f"{self.names[carry.src]} did not give what was to be carried away")
                 rows = bytes(payload)
             if carry.dst == DEVICE:
                 await self.shares.put(partition, half, units, carry.start, carry.context, memoryview(rows))

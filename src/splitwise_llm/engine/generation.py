@@ -2,7 +2,8 @@
 
 A run ends because the answer is complete, because the controller moves the partition, or because a machine or a link
 fails; the next one begins with the tokens there are. It does not know how links are made, nor how decisions are found;
-workers are greeted in `admission`, runs end in `halting`, `moving` changes the partition, `failover` gets over faults.
+workers are greeted in `admission`, runs end in `halting`, `moving` changes the partition, `failover` gets over faults,
+`meanwhile` takes what came late.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from splitwise_llm.engine.filling import Filling
 from splitwise_llm.engine.halting import Halting
 from splitwise_llm.engine.journal import Decided, Journal
 from splitwise_llm.engine.machine import Machine
+from splitwise_llm.engine.meanwhile import Meanwhile
 from splitwise_llm.engine.memory import peak_memory_bytes
 from splitwise_llm.engine.moving import Moving
 from splitwise_llm.engine.peer import Connect, Peer
@@ -39,6 +41,7 @@ from splitwise_llm.engine.shares import Shares
 from splitwise_llm.engine.standby import Standby
 from splitwise_llm.engine.survey import Rates
 from splitwise_llm.engine.telemetry import Advert, LinkFigures
+from splitwise_llm.engine.text import Text, Token
 from splitwise_llm.engine.walk import Choose, Request, Sampled, Walker
 from splitwise_llm.errors import (
     BrokenInvariant,
@@ -49,13 +52,13 @@ from splitwise_llm.errors import (
     UserError,
     WorkerFailed,
 )
-from splitwise_llm.model.tokenizer import TextStream, Tokenizer
+from splitwise_llm.model.tokenizer import Tokenizer
 from splitwise_llm.observation import Observation, Occasion, Policy, Tools
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.rebuild import keepers
 from splitwise_llm.records import Prediction, RequestRecord, Status
-from splitwise_llm.wire.messages import Away, Begun, Close, Closed, Data, Halt, Halted
+from splitwise_llm.wire.messages import Away, Begun, Close, Closed, Data
 
 CLOSING_S = 2.0
 """How long a worker may take to say good-bye once the answer is complete."""
@@ -76,15 +79,6 @@ class Device:
     """Of links, lower number first, as far as they are known."""
     memory: Memory | None = None
     """Of earlier requests, where there is one worker."""
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One token as it arrived: its id, the text that became certain with it, and when (s after the prompt)."""
-
-    id: int
-    text: str
-    at_s: float
 
 
 class Generation:
@@ -115,18 +109,12 @@ class Generation:
             device.machine, device.names, dict(device.rates), device.direct.pairs, policy, request, limits, tools,
             self._shares.fits, drafting, memory=device.memory,
         )  # fmt: skip
-        self._tokens: asyncio.Queue[Token | None] = asyncio.Queue()
-        self._stream = TextStream(device.tokenizer)
-        self.certain = "".join(self._stream.push(token) for token in journal.tokens)
-        """The text that another process's tokens make certain; what they leave open comes with the next token."""
         self._driving: asyncio.Task[None] | None = None
         self._begun_at = len(journal.ids)
         """Ids there were when this process began with it."""
         self._is_fresh = self._begun_at == request.prompt_tokens
         self._num_apart = 0
         """So often two workers did not reach each other."""
-        self._away: dict[int, Away] = {}
-        """By worker, what it says that it made while it was out of reach."""
         self._precision = ""
         self._record: RequestRecord | None = None
         self.on_event: Callable[[str, str], object] | None = None
@@ -135,6 +123,9 @@ class Generation:
         """Told how many positions of the prompt, of how many, this device is done with."""
         self._account = Account(device.names, called)
         self._runs = self._account.runs
+        self._text = Text(
+            journal, request, device.tokenizer, lambda: time.monotonic() - self._account.start_s, self._came
+        )
         self._background = Background(self._tell)
         self._admission = Admission(
             device.machine, device.names, device.connect, self, rules, journal.entry.session, request, self._is_fresh,
@@ -156,6 +147,10 @@ class Generation:
         self._moving = Moving(
             device.names, journal, self._peers, self._controller, self._account, self._filling, self._failover,
             self._halting, self._background, self._tell, self._admission.open_sessions,
+        )  # fmt: skip
+        self._meanwhile = Meanwhile(
+            device.names, device.machine.spec.vocab_size, self._peers, self._text, self._background,
+            self._runs, self._tell,
         )  # fmt: skip
         self._standby = Standby(device.machine, journal, self._shares, self._filling, self._moving, self._tell)
 
@@ -201,12 +196,17 @@ class Generation:
     @property
     def ids(self) -> list[int]:
         """Prompt and tokens so far."""
-        return self._journal.ids
+        return self._text.ids
 
     @property
     def text(self) -> str:
         """The answer so far."""
-        return self._device.tokenizer.decode(list(self._journal.tokens))
+        return self._text.whole
+
+    @property
+    def certain(self) -> str:
+        """The part of the answer that another process's tokens make certain."""
+        return self._text.certain
 
     @property
     def is_complete(self) -> bool:
@@ -228,7 +228,7 @@ class Generation:
         return Status(
             partition=self.decision.partition.text(names),
             wanted=self.home.partition.text(names),
-            tokens=self._tokens_out,
+            tokens=self._text.count,
             is_degraded=self.is_degraded,
             workers={peer.name: peer.state or "not met" for peer in self._peers.values()},
             journal=journal.failed or (str(journal.path) if journal.path else "in memory"),
@@ -249,10 +249,10 @@ class Generation:
                 await asyncio.wait(late)  # it takes somebody who has not answered yet
                 self._admit()
             run = None
-            if not self._is_over and not self._admission.misses:
+            if not self._text.is_over and not self._admission.misses:
                 await self._admission.open_sessions(self.decision.partition)
                 await self._catch_up()
-            if not self._is_over and not self._admission.misses:
+            if not self._text.is_over and not self._admission.misses:
                 run = await self._begin_first("admission" if self._is_fresh else "resume")
         except BaseException:
             await self._leave()
@@ -278,7 +278,7 @@ class Generation:
     async def __aiter__(self) -> AsyncIterator[Token]:
         if self._driving is None:
             raise BrokenInvariant("enter a generation (async with) before taking its tokens")
-        while (token := await self._tokens.get()) is not None:
+        while (token := await self._text.next()) is not None:
             yield token
         await self._driving  # raises what ended it, if anything did
 
@@ -292,15 +292,6 @@ class Generation:
 
     # Runs
 
-    @property
-    def _tokens_out(self) -> int:
-        return len(self.ids) - self._request.prompt_tokens
-
-    @property
-    def _is_over(self) -> bool:
-        count = self._tokens_out
-        return count >= self._request.max_new_tokens or (count > 0 and self.ids[-1] in self._request.stop_ids)
-
     async def _drive(self, first: Run | None) -> None:
         """One run after the other, until the last token is there; then account for them."""
         run: Run | None = first
@@ -309,7 +300,7 @@ class Generation:
             if self._controller.is_asked_again:
                 self._background.start("control", self._moving.control())
             self._background.start("ready", self._standby.ready())
-            while not self._is_over:
+            while not self._text.is_over:
                 try:
                     if run is None and await self._catch_up():
                         continue
@@ -329,7 +320,7 @@ class Generation:
             await self._close()
         finally:
             await self._background.stop_all()
-            self._tokens.put_nowait(None)
+            self._text.end()
 
     async def _begin_first(self, why: str) -> Run:
         """The first run, of whose failures its caller hears; but where only two workers do not reach each other, it is
@@ -349,7 +340,7 @@ class Generation:
         self._failover.check_up(decision.partition)
         await self._admission.open_sessions(decision.partition)
         start = await filling.fill(decision) if known > 1 and not (first and self._is_fresh) else 0
-        extent = Extent(filling.next_run(), start, known, self._request.max_new_tokens - self._tokens_out)
+        extent = Extent(filling.next_run(), start, known, self._text.room)
         direct = filling.direct(decision.partition)
         plan = self._plan(decision, direct)
         share = await self._shares.begin(decision.partition, start)
@@ -425,46 +416,25 @@ class Generation:
         """Walk until the answer is complete or the partition is to move. Raises PeerError, and what is our fault."""
         self._filling.expect(run.workers, run.decision, run.extent)
         self._moving.go_home()
-        if self._away:  # said while the run was being begun
+        if self._meanwhile.said:  # said while the run was being begun
             self._halting.is_due.set()
         if run.decision.shadow and "shadow" not in self._background.tasks:
             self._background.start("shadow", self._standby.shadow())
         await self._halting.walk(run)
 
     async def _catch_up(self) -> bool:
-        """Between two runs: take the tokens that workers made while they were out of reach, where they go on from those
-        there are; whether there were any. Who made others since is told where they part. Raises PeerError."""
+        """Between two runs: take what workers made meanwhile; whether there was any. Raises PeerError."""
         caught = False
-        while self._away:
-            number, away = self._away.popitem()
-            mine, known = self.ids[away.start :], len(self.ids)
-            same = next((n for n, (a, b) in enumerate(zip(mine, away.ids, strict=False)) if a != b), len(mine))
-            is_rubbish = away.start > known or max(away.ids) >= self._device.machine.spec.vocab_size
-            if same < min(len(mine), len(away.ids)) or is_rubbish:
-                if self._peers[number].is_open:
-                    keep = min(away.start + same, known)
-                    await self._peers[number].ask(Halt(away.run, keep=keep), Halted, away.run)
-                continue
-            if len(away.ids) > len(mine):
-                await self._background.stop("move")
-                await self._background.stop("shadow")
-                for token in away.ids[len(mine) :]:
-                    if not self._is_over:
-                        self._add(token)
-                late = len(self.ids) - known
-                run = self._filling.broken.get(number)
-                if run is not None and run.extent.run == away.run:
-                    run.depths += [run.depths[-1] if run.depths else 0] * late
-                self._tell("caught-up", f"{late} tokens that {self._device.names[number]} made meanwhile")
-                caught = True
-                if not self._is_over and number not in self.decision.partition.machines:
-                    await self._moving.reconsider()
+        while (number := await self._meanwhile.take()) is not None:
+            caught = True
+            if not self._text.is_over and number not in self.decision.partition.machines:
+                await self._moving.reconsider()
         return caught
 
     async def _recover(self, error: SplitwiseError) -> None:
         """Return once there is something that can be run, or nothing left to run. Raises what happened when nothing can
         be done about it."""
-        if not self._is_over:
+        if not self._text.is_over:
             self._moving.decision = await self._failover.recover(error)
 
     def _take(self, sampled: Sampled) -> None:
@@ -475,18 +445,12 @@ class Generation:
             for number in run.workers:
                 self._peers[number].expect(later_s)
         run.depths.append(sampled.depth)
-        self._add(sampled.id)
+        self._text.add(sampled.id)
 
-    def _add(self, token: int) -> None:
-        """The next token, whoever made it."""
-        self._journal.token(token)
-        at_s = time.monotonic() - self._account.start_s
+    def _came(self, at_s: float) -> None:
+        """A token was added, whoever made it."""
         self._failover.token()
         self._halting.came.set()
-        text = self._stream.push(token)
-        if self._is_over:
-            text += self._stream.finish()
-        self._tokens.put_nowait(Token(token, text, at_s))
         self._controller.token(at_s)
 
     # What peers tell (`Owner`)
@@ -532,8 +496,7 @@ class Generation:
 
     def away(self, number: int, said: Away) -> None:
         """A worker went on while it was out of reach: what runs meanwhile ends at its next token."""
-        self._away[number] = said
-        if self._halting.current is not None:
+        if self._meanwhile.hear(number, said) and self._halting.current is not None:
             self._halting.is_due.set()
 
     def told(self, kind: str, text: str) -> None:
@@ -561,7 +524,7 @@ class Generation:
                         answer, _ = await peer.ask(Close(), Closed)
                         if isinstance(answer, Closed):
                             self._account.peak_memory_bytes[peer.number] = answer.peak_memory_bytes
-        self._journal.finish("stop" if self.ids[-1] in self._request.stop_ids else "length")
+        self._journal.finish("stop" if self._text.has_stopped else "length")
         self._account.peak_memory_bytes[DEVICE] = peak_memory_bytes()
         self._account.is_degraded |= len({_wires(run.decision) for run in self._runs}) > 1
         emulated = {n: peer.greeted.welcome.emulated for n, peer in self._peers.items() if peer.greeted}
@@ -577,7 +540,7 @@ class Generation:
         """Close every link and give the shares back."""
         await self._background.stop_all()
         if self._device.memory is not None:
-            self._device.memory.left(id(self._controller), self._tokens_out if self.is_complete else None)
+            self._device.memory.left(id(self._controller), self._text.count if self.is_complete else None)
         await self._device.machine.settle()
         self._shares.release()
         await asyncio.to_thread(self._journal.close)  # it waits for the disk

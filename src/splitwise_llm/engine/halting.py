@@ -128,8 +128,8 @@ class Halting:
         self.office.close(run.extent.run)
         for number in run.workers:
             self.peers[number].expect(None)
-            halt = self.peers[number].send(Halt(run.extent.run, at_once=True))
-            self.background.start("halt", self._quietly(halt), f"{run.extent.run} {number}")
+            halt = Halt(run.extent.run, at_once=True, keep=self._keep(run, number, at_once=True))
+            self.background.start("halt", self._quietly(self.peers[number].send(halt)), f"{run.extent.run} {number}")
 
     @staticmethod
     async def _quietly(work: Awaitable[object]) -> None:
@@ -137,11 +137,18 @@ class Halting:
             await work
 
     async def _ask_halt(self, run: Run, number: int, at_once: bool = False) -> None:
-        keep = -1 if number == run.loop_machine else run.certain
-        halt = Halt(run.extent.run, at_once, keep if run.post.plan.decision.draft else -1)
+        halt = Halt(run.extent.run, at_once, self._keep(run, number, at_once))
         answer, payload = await self.peers[number].ask(halt, Halted, run.extent.run)
         if isinstance(answer, Halted):
             run.halted[number] = answer, messages.unpack_intervals(payload)
+
+    @staticmethod
+    def _keep(run: Run, number: int, at_once: bool) -> int:
+        """How far what a worker has cached is right, where it may be ahead of the text there is: by what was drafted,
+        or, in a run that ends before its time, by what a token loop made and nobody takes any more."""
+        is_ahead = bool(run.post.plan.decision.draft) or (at_once and run.loop_machine != DEVICE)
+        tells = number == run.loop_machine and not at_once
+        return run.certain if is_ahead and not tells else -1
 
     async def _forget_drafts(self, run: Run) -> None:
         """What was drafted last and not accepted is in no cache any more."""
@@ -160,9 +167,9 @@ class Halting:
     async def abandon(self, run: Run, error: SplitwiseError) -> None:
         """A run has failed. Those of its machines that are there end it at once, and say what they hold."""
         run.ended = str(error)
+        left = [n for n in run.workers if n not in run.halted and self.peers[n].is_up]  # who comes back says it all
         await self.machine.settle()
         await self._forget_drafts(run)
-        left = [n for n in run.workers if n not in run.halted and self.peers[n].is_up]
         with suppress(TimeoutError):
             async with asyncio.timeout(self.rules.limit_s(0.0)):
                 halts = (self._ask_halt(run, number, at_once=True) for number in left)

@@ -19,6 +19,7 @@ from splitwise_llm.engine.boundaries import Boundaries
 from splitwise_llm.engine.drafting import Drafting, Lookup
 from splitwise_llm.engine.machine import Machine
 from splitwise_llm.engine.memory import peak_memory_bytes
+from splitwise_llm.engine.neighbours import Neighbours, NoWay
 from splitwise_llm.engine.post import Extent, Office, Post
 from splitwise_llm.engine.shares import Shares
 from splitwise_llm.engine.walk import Choose, Request, Walker
@@ -29,7 +30,6 @@ from splitwise_llm.errors import (
     RequestError,
     SplitwiseError,
     Unreachable,
-    WorkerFailed,
 )
 from splitwise_llm.model.sampling import Sampling
 from splitwise_llm.model.share import Share
@@ -52,7 +52,6 @@ from splitwise_llm.wire.messages import (
     Halted,
     Header,
     Held,
-    Join,
     Open,
     Opened,
     Ping,
@@ -68,17 +67,8 @@ KEPT_BYTES = 64 * 2**20
 """Of residual streams, per session; what was dropped is computed again from the ids."""
 MAX_ORDERS = 256
 """That wait to be obeyed; data and pings behind more of them wait, too."""
-JOINING_S = 10.0
 Advertise = Callable[[], dict[str, float | int | str | None]]
 """How the machine is, an `Advert` field by field."""
-
-
-class _NoWay(Unreachable):
-    """Another worker is not reached directly; the device may find a way round."""
-
-    def __init__(self, message: str, machine: int) -> None:
-        super().__init__(message)
-        self.machine = machine
 
 
 @dataclass(slots=True)
@@ -101,7 +91,7 @@ class Hosted:
         choose: Choose | None,
     ) -> None:
         self._check(opening, machine)
-        self.opening, self._machine, self._dial, self._choose = opening, machine, dial, choose
+        self.opening, self._machine, self._choose = opening, machine, choose
         self.number, self.name = opening.machine, opening.names[opening.machine]
         self._request = Request(
             opening.capacity,
@@ -119,8 +109,8 @@ class Hosted:
         """For token loops of its own; what it has learnt is good for later runs."""
         self._running: dict[int, _Running] = {}
         self._away: Away | None = None
-        """What was made since the device was lost, until it goes on from there."""
-        self._neighbours: dict[int, asyncio.Task[None]] = {}
+        """What the last token loop here made, of which the device may not have heard, until it goes on from there."""
+        self.neighbours = Neighbours(opening.session, self.number, opening.names, dial, self._office, self._links)
         self._serving: asyncio.Task[None] | None = None
         self._is_over = False
         self._changing = asyncio.Lock()
@@ -163,7 +153,7 @@ class Hosted:
         over (True) or the link ends (False). Raises SplitwiseError for what ends the session."""
         async with self._changing:
             await self._detach()
-            await self._stop_loops()
+            await self._stop_runs()
             self._links[DEVICE] = link
             serving = self._serving = asyncio.create_task(self._take_orders(link, known, advert))
         try:
@@ -191,23 +181,12 @@ class Hosted:
         await self._stop_runs(besides_loops=True)
         self._links.pop(DEVICE, None)
 
-    async def _stop_loops(self) -> None:
-        """End what went on without the device, and keep what it made."""
-        loops = [running.walker for running in self._running.values()]
-        await self._stop_runs()
-        for walker in loops:
-            if walker.made:
-                extent = walker.post.extent
-                self._away = Away(extent.run, extent.known, walker.made)
-
     async def drop(self) -> None:
         """Forget everything."""
         async with self._changing:
             await self._detach()
             await self._stop_runs()
-        for task in self._neighbours.values():
-            task.cancel()
-        await asyncio.gather(*self._neighbours.values(), return_exceptions=True)
+        await self.neighbours.leave()
         self._shares.release()
 
     async def _take_orders(self, link: Link, known: bool, advert: Advertise) -> None:
@@ -279,8 +258,8 @@ class Hosted:
             share = await self._share(plan, extent, begin)
             if extent.tokens:
                 self._away = None  # what is cached now ends where the device says
-            await self._reach(begin)
-        except _NoWay as error:
+            await self.neighbours.reach(begin.dial)
+        except NoWay as error:
             await link.send(pack(Failed(Unreachable.__name__, str(error), run=begin.run, machine=error.machine)))
             return
         except SplitwiseError as error:
@@ -307,6 +286,8 @@ class Hosted:
                 raise ProtocolError(f"machine {machine} is not to be dialled by machine {self.number}")
         if len(pairs) < len(begin.direct) or any(len(p) < 2 or max(p) >= num_machines for p in pairs):
             raise ProtocolError(f"direct links {begin.direct} name a pair twice, or machines that are not there")
+        if begin.run in self._running:
+            raise ProtocolError(f"run {begin.run} has begun already")
         for wire in (begin.wire, begin.prefill_wire or begin.wire):
             if wire not in list(WirePrecision):
                 raise RequestError(f"unknown wire precision {wire!r}; known are {', '.join(WirePrecision)}")
@@ -335,66 +316,6 @@ class Hosted:
         share = await self._shares.begin(partition, extent.start)
         self._kept.truncate(extent.known)  # streams of tokens that never came to the device are nobody's
         return share
-
-    async def _reach(self, begin: Begin) -> None:
-        """Open the direct links this worker is to open. Raises _NoWay."""
-        for machine, address in begin.dial.items():
-            if machine in self._links and machine in self._neighbours and not self._neighbours[machine].done():
-                continue
-            try:
-                self._neighbour(machine, await self._joined(machine, address))
-            except SplitwiseError as error:
-                names = self.opening.names
-                raise _NoWay(f"{self.name} does not reach {names[machine]} at {address}: {error}", machine) from error
-
-    async def _joined(self, machine: int, address: str) -> Link:
-        """A link to another worker of this session, which has taken it for that. Raises SplitwiseError."""
-        link = await self._dial(address)
-        try:
-            await link.send(pack(Join(self.opening.session, self.number)))
-            async with asyncio.timeout(JOINING_S):
-                frame = await link.receive()
-        except TimeoutError:
-            frame = None
-        except BaseException:
-            await link.close()
-            raise
-        answer = unpack(frame)[0] if frame else None
-        if not isinstance(answer, Opened):
-            await link.close()
-            why = answer.message if isinstance(answer, Failed) else "it closed the link"
-            raise WorkerFailed(f"{self.opening.names[machine]} ({address}) does not join: {why}")
-        return link
-
-    async def join(self, link: Link, machine: int) -> None:
-        """Serve a link that another worker of this session has opened, until it ends. Raises ProtocolError."""
-        if machine in (DEVICE, self.number) or machine >= len(self.opening.names):
-            raise ProtocolError(f"machine {machine} is not to be reached directly in this session")
-        await link.send(pack(Opened()))
-        await asyncio.wait({self._neighbour(machine, link)})  # ended from here, too, when the session is
-
-    def _neighbour(self, machine: int, link: Link) -> asyncio.Task[None]:
-        if machine in self._neighbours:
-            self._neighbours[machine].cancel()
-        self._links[machine] = link
-        task = self._neighbours[machine] = asyncio.create_task(self._hear(machine, link))
-        return task
-
-    async def _hear(self, machine: int, link: Link) -> None:
-        """Take in what another worker sends until it closes; its failure is the run's."""
-        try:
-            while (frame := await link.receive()) is not None:
-                header, payload = unpack(frame)
-                if not isinstance(header, Data):
-                    raise ProtocolError(f"got {type(header).__name__} on a direct link, expected data")
-                await self._office.accept(header, payload, frame, machine)
-        except SplitwiseError as error:
-            self._office.fail(error)
-        finally:
-            if self._links.get(machine) is link:
-                del self._links[machine]
-            with suppress(SplitwiseError):  # or the other end goes on sending to nobody
-                await link.close()
 
     async def _walk(self, link: Link, walker: Walker) -> None:
         """A run's part here; the device hears of a fill's end, and of what went wrong."""
@@ -428,8 +349,8 @@ class Hosted:
         if running.walker.makes_tokens_alone and running.walker.post.extent.tokens and not halt.at_once:
             running.walker.halting = True
             await asyncio.wait({running.task})
-        self._running.pop(halt.run, None)
         await self._end(running, halt.keep)
+        self._running.pop(halt.run, None)
         post = running.walker.post
         crossed = [messages.Crossed(c.after, c.kind, c.src, c.dst, c.count, c.payload_bytes) for c in post.crossings]
         drafts = post.plan.decision.draft and post.plan.loop_machine == self.number
@@ -438,22 +359,25 @@ class Hosted:
         await link.send(pack(halted, messages.pack_intervals(running.walker.intervals)))
 
     async def _end(self, running: _Running, keep: int = -1) -> None:
-        """What a run drafted and nobody accepted is forgotten with it."""
+        """What a run drafted and nobody accepted is forgotten with it, or what the device does not keep. A link may die
+        meanwhile, and whoever ends this: it is forgotten as a run only afterwards, and may be ended twice."""
         running.task.cancel()
         await asyncio.gather(running.task, return_exceptions=True)
-        walker = running.walker
-        self._office.close(walker.post.extent.run)
+        walker, extent = running.walker, running.walker.post.extent
+        self._office.close(extent.run)
         await self._machine.settle()
-        if walker.plan.decision.draft and walker.post.extent.tokens:
+        if keep >= 0 or (walker.plan.decision.draft and extent.tokens):
             certain = keep if keep >= 0 else walker.certain
             await self._shares.cut(certain)
             self._kept.truncate(certain)
+        if walker.makes_tokens_alone and walker.made:
+            self._away = Away(extent.run, extent.known, walker.made) if keep < 0 else None
 
     async def _stop_runs(self, besides_loops: bool = False) -> None:
         for run, running in list(self._running.items()):
             if not (besides_loops and running.walker.needs_nobody):
-                self._running.pop(run, None)
                 await self._end(running)
+                self._running.pop(run, None)
 
     # Caches
 

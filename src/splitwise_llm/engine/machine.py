@@ -19,9 +19,10 @@ import torch
 from splitwise_llm import cost
 from splitwise_llm.cost import Host, Rows
 from splitwise_llm.cost.emulation import emulation_warning
-from splitwise_llm.engine.batching import Compute, Computed, Piece
+from splitwise_llm.engine.batching import Compute
 from splitwise_llm.engine.memory import available_memory_bytes, reset_peak_memory
 from splitwise_llm.engine.meters import the_meter
+from splitwise_llm.engine.pieces import Computed, Piece
 from splitwise_llm.engine.telemetry import StepClock
 from splitwise_llm.errors import MemoryTooSmall, RequestError
 from splitwise_llm.model.checkpoint import Checkpoint

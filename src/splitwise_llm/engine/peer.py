@@ -25,6 +25,7 @@ from splitwise_llm.errors import (
     KeysError,
     LinkDied,
     PeerMismatch,
+    ProtocolError,
     SplitwiseError,
     Unreachable,
     UserError,
@@ -325,15 +326,7 @@ class Peer:
             case Pong():
                 self._ponged(link, header)
             case Failed() if header.run >= 0:
-                error = unexpected(link, header, Begun)
-                if header.machine >= 0:
-                    self._owner.apart(self.number, header.machine, header.message)
-                if isinstance(error, UserError):
-                    self.refusal = error
-                for (kind, run), future in list(self._waiting.items()):
-                    if run == header.run and kind is not Halted and not future.done():
-                        future.set_exception(error)
-                self._owner.failed(self.number, header.run, error)
+                self._failed(header, unexpected(link, header, Begun))
             case Failed():
                 raise unexpected(link, header, Opened)
             case Opened() | Closed():
@@ -348,6 +341,19 @@ class Peer:
                 self._answer(header, payload, header.run)
             case _:
                 raise unexpected(link, header, Data)
+
+    def _failed(self, said: Failed, error: SplitwiseError) -> None:
+        """It cannot go on with a run. Raises ProtocolError where it blames a machine that is not there."""
+        if said.machine >= 0:
+            if self.opening is None or said.machine >= len(self.opening.names):
+                raise ProtocolError(f"{self.name} does not reach machine {said.machine}, which is not there")
+            self._owner.apart(self.number, said.machine, said.message)
+        if isinstance(error, UserError):
+            self.refusal = error
+        for (kind, run), future in list(self._waiting.items()):
+            if run == said.run and kind is not Halted and not future.done():
+                future.set_exception(error)
+        self._owner.failed(self.number, said.run, error)
 
     def _ponged(self, link: Sequenced, pong: Pong) -> None:
         now_s = time.monotonic()

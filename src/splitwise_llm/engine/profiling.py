@@ -22,9 +22,9 @@ from torch import Tensor
 from splitwise_llm.cost.counts import assigned_weight_bytes
 from splitwise_llm.cost.measured import BatchPoint, HalfPoint, Measured, RowsPoint, SizePoint
 from splitwise_llm.decision import Decision, WirePrecision
-from splitwise_llm.engine.batching import Job, Piece, walk
 from splitwise_llm.engine.edge import Edge
 from splitwise_llm.engine.machine import Machine
+from splitwise_llm.engine.pieces import Job, Piece, walk
 from splitwise_llm.engine.walk import GREEDY
 from splitwise_llm.errors import RequestError
 from splitwise_llm.model.sampling import sample

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from splitwise_llm import cost
 from splitwise_llm.cost import Host
-from splitwise_llm.engine.batching import Piece
 from splitwise_llm.engine.boundaries import Boundaries
 from splitwise_llm.engine.drafting import Drafting
 from splitwise_llm.engine.machine import Machine, T
+from splitwise_llm.engine.pieces import Piece
 from splitwise_llm.engine.post import Letter, Post
+from splitwise_llm.engine.stops import Stop, stops
 from splitwise_llm.errors import BrokenInvariant, LinkDied, ProtocolError, RequestError, WorkerFailed
 from splitwise_llm.model.sampling import Sampling, sample
 from splitwise_llm.model.share import Positions, Share
-from splitwise_llm.plan import DEVICE, Kind, Move, Plan, Serial, Shared, Stage, Step
+from splitwise_llm.plan import DEVICE, Kind, Move, Plan, Serial, Shared, Step
 from splitwise_llm.records import Interval
 from splitwise_llm.spec import DeviceSpec
 from splitwise_llm.wire import codec
@@ -90,59 +91,6 @@ Choose = Callable[[Tensor, int], int]
 OnToken = Callable[[Sampled], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    """One stage of the plan as this machine takes part in it, worked out once per session."""
-
-    index: int
-    stage: Stage
-    arrives: Move | None
-    """The residual stream comes with this move; None: it is here already."""
-    partials_out: tuple[Move, ...]
-    partials_in: tuple[Move, ...]
-    joins: bool
-    residuals_out: tuple[Move, ...]
-    crossing: Move | None
-    """A move of the residual stream after this stage, whoever sends it: all copies become what it carries."""
-    goes_on: bool
-    """Whether this machine keeps its copy: it has a part in the next stage, and the stream does not come to it."""
-    last_only: bool
-    """Only the last position of the last chunk matters after this stage."""
-    only_if_emits: bool
-    """A head without layers, which has nothing to do in an earlier chunk."""
-
-
-def _stops(plan: Plan, me: int) -> tuple[_Stop, ...]:
-    stops: list[_Stop] = []
-    for index, stage in enumerate(plan.stages):
-        if me not in stage.machines:
-            continue
-        moves = plan.moves_after(index)
-        residuals = [move for move in moves if move.kind is Kind.RESIDUAL]
-        partials = [move for move in moves if move.kind is Kind.PARTIAL]
-        here = [m for m in plan.moves_after(index - 1) if m.kind is Kind.RESIDUAL and m.dst == me]
-        stops.append(
-            _Stop(
-                index,
-                stage,
-                arrives=here[0] if here else None,
-                partials_out=tuple(move for move in partials if move.src == me),
-                partials_in=tuple(move for move in partials if move.dst == me),
-                joins=me in plan.joiners[index],
-                residuals_out=tuple(move for move in residuals if move.src == me),
-                crossing=residuals[0] if residuals else None,
-                goes_on=_goes_on(plan, index, me),
-                last_only=any(move.last_only for move in moves),
-                only_if_emits=isinstance(stage, Serial) and stage.is_head_only,
-            )
-        )
-    return tuple(stops)
-
-
-def _goes_on(plan: Plan, index: int, me: int) -> bool:
-    return index + 1 < len(plan.stages) and me in plan.stages[index + 1].machines
-
-
 @dataclass(slots=True)
 class _Pass:
     """One machine's walk through one step. `pending` makes the residual stream once the compute thread has it."""
@@ -194,7 +142,7 @@ class Walker:
     certain: int = field(init=False)
     """Positions whose ids are known to be right: what is cached behind them was drafted, and nobody has judged it."""
     me: int = field(init=False)
-    _stops: tuple[_Stop, ...] = field(init=False)
+    _stops: tuple[Stop, ...] = field(init=False)
     _entering: tuple[Move, ...] = field(init=False)
     _handing: tuple[Move, ...] = field(init=False)
     _count: int = 0
@@ -205,7 +153,7 @@ class Walker:
     def __post_init__(self) -> None:
         self.me = self.post.me
         self.certain = self.post.extent.known
-        self._stops = _stops(self.plan, self.me)
+        self._stops = stops(self.plan, self.me)
         mine = [move for move in self.plan.moves if self.me in (move.src, move.dst)]
         self._entering = tuple(move for move in mine if move.kind in (Kind.PROMPT, Kind.NEXT))
         self._handing = tuple(move for move in mine if move.kind is Kind.TOKEN)
@@ -403,7 +351,7 @@ class Walker:
             half = stage.stop if isinstance(stage, Serial) else stage.half + 1
             self.kept.put(half, step.start, step.count, self.plan.wire(step), payload)
 
-    async def _serial(self, one: _Pass, stop: _Stop, stage: Serial) -> _Made | None:
+    async def _serial(self, one: _Pass, stop: Stop, stage: Serial) -> _Made | None:
         tapped: list[tuple[int, bytes]] = []
         step, emits = one.step, stage.head and one.step.emits
 
@@ -433,7 +381,7 @@ class Walker:
         await self._send_residual(one, stop, x, payload)
         return None
 
-    async def _shared(self, one: _Pass, stop: _Stop, stage: Shared) -> None:
+    async def _shared(self, one: _Pass, stop: Stop, stage: Shared) -> None:
         wire = self.plan.wire(one.step)
 
         def work() -> tuple[Tensor, Tensor, bytes]:
@@ -452,7 +400,7 @@ class Walker:
         if stop.joins:
             await self._join(one, stop, stage, x, own)
 
-    async def _join(self, one: _Pass, stop: _Stop, stage: Shared, x: Tensor, own: Tensor) -> None:
+    async def _join(self, one: _Pass, stop: Stop, stage: Shared, x: Tensor, own: Tensor) -> None:
         """Gather the partial sums of the others; they are added when the compute thread next has this pass."""
         others: dict[int, memoryview] = {}
         for move in stop.partials_in:
@@ -471,14 +419,14 @@ class Walker:
         result, payload = await self._compute(lambda: self._crossed(one, stop, joined()), one, stop, adding=True)
         await self._send_residual(one, stop, result, payload)
 
-    async def _send_residual(self, one: _Pass, stop: _Stop, x: Tensor, payload: bytes) -> None:
+    async def _send_residual(self, one: _Pass, stop: Stop, x: Tensor, payload: bytes) -> None:
         for move in stop.residuals_out:
             if self.plan.rows(move, one.step):
                 self.keep(move, one.step, payload)
                 await self.post.send(move, one.step, payload, one.depth)
         one.pending = lambda: x
 
-    def _crossed(self, one: _Pass, stop: _Stop, x: Tensor) -> tuple[Tensor, bytes]:
+    def _crossed(self, one: _Pass, stop: Stop, x: Tensor) -> tuple[Tensor, bytes]:
         """The stream as it goes on here, and as bytes where it leaves: whoever keeps a copy keeps what the
         others will decode."""
         if stop.crossing is None:
@@ -530,7 +478,7 @@ class Walker:
             raise ProtocolError(f"got token ids outside the vocabulary of {vocabulary}")
         return ids
 
-    async def _compute(self, work: Callable[[], T], one: _Pass, stop: _Stop, adding: bool = False) -> T:
+    async def _compute(self, work: Callable[[], T], one: _Pass, stop: Stop, adding: bool = False) -> T:
         """Run on the compute thread, or right here where a short step may hold the event loop; and note when.
         Additions weigh nothing beside the products around them."""
         machine, step = self.machine, one.step
@@ -548,7 +496,7 @@ class Walker:
         self._note(one, stop, result.start_s, result.stop_s)
         return result.value
 
-    def _note(self, one: _Pass, stop: _Stop, start_s: float, stop_s: float) -> None:
+    def _note(self, one: _Pass, stop: Stop, start_s: float, stop_s: float) -> None:
         """A stage of a step was computed; the chunk behind may follow."""
         if stop.index in one.done:
             one.done[stop.index].set()

@@ -188,7 +188,7 @@ class Worker:
             if time.monotonic() > deadline:
                 raise ProtocolError("a worker asked to join a session that is not open here")
             await asyncio.sleep(0.01)
-        await session.join(link, join.machine)
+        await session.neighbours.join(link, join.machine)
 
     async def _dial(self, address: str) -> Link:
         return Sequenced(await self._connect(address))

@@ -98,8 +98,9 @@ class Streams(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class Away(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a token loop made that went on without the device: ids from position `start` on, those that still got
-    through among them. What the worker holds is as if all of them were right."""
+    """What the last token loop made, of which the device may not have heard, as it went on without it or ended as the
+    link died: ids from position `start` on, those that got through among them. What the worker holds is as if all of
+    them were right."""
 
     run: Count
     start: Count
