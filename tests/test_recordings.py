@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from splitwise_llm.bench.recordings import LinkFiles, link_files, named, read_recordings, spread_over
 from splitwise_llm.bench.scenarios import Grid, run_grid
 from splitwise_llm.errors import SpecError
+from splitwise_llm.sim.recordings import LinkFiles, link_files, named, read_recordings, spread_over
 
 SMOOTH = "0 8\n1 16\n2 8\n"
 PAUSED = "0 8\n1 16\n2 24\n120 32\n121 40\n"

@@ -34,7 +34,6 @@ from splitwise_llm.bench.figures import Figures
 from splitwise_llm.bench.kept import Shelf
 from splitwise_llm.bench.outcome import Outcome, ratio
 from splitwise_llm.bench.peers_lan import peer_cells
-from splitwise_llm.bench.recordings import link_files, read_recordings, spread_over
 from splitwise_llm.bench.variants import LEARNED, OURS, VARIANTS, digest_of, weight_files
 from splitwise_llm.errors import ModelError, RequestError, SpecError
 from splitwise_llm.learn.causal import Causal
@@ -45,6 +44,7 @@ from splitwise_llm.policies.choosers import TableChooser
 from splitwise_llm.policies.planners import PLANNERS, When
 from splitwise_llm.records import Cell, Estimate
 from splitwise_llm.sim.episode import simulate
+from splitwise_llm.sim.recordings import judged_by, link_files, read_recordings
 from splitwise_llm.sim.scenarios import SCENARIOS, Case, Recordings, Scenario
 
 Tell = Callable[[str], None]
@@ -178,7 +178,7 @@ def run_grid(grid: Grid, tell: Tell) -> Results:
     results = Results([], [], [], [], [])
     chosen = [scenario for scenario in SCENARIOS if not grid.scenarios or scenario.name in grid.scenarios]
     replayed = any(scenario.is_recorded for scenario in chosen)
-    recordings = recorded(grid.traces, grid.requests, 2 if grid.quick else 8, grid.cut_gaps) if replayed else []
+    recordings = recorded(grid.traces, grid.requests, grid.quick, grid.cut_gaps) if replayed else []
     for scenario in chosen:
         if scenario.name == "peer-lan":
             tell(scenario.name)
@@ -399,13 +399,13 @@ def _speed_up(cells: dict[str, Cell], policy: str) -> Estimate:
 
 
 def recorded(
-    traces: Path | None, requests: Path | None, most: int, cut_gaps: bool = False
+    traces: Path | None, requests: Path | None, quick: bool, cut_gaps: bool = False
 ) -> list[tuple[str, Recordings]]:
-    """At most so many recorded links of a folder, by their names, with the thinned requests; none where one of the
-    two is not given. Raises SpecError."""
+    """The recorded links of a folder that are judged by, by their names, with the thinned requests; none where one of
+    the two is not given. Raises SpecError."""
     if traces is None or requests is None:
         return []
-    files = spread_over(link_files(traces), most)
+    files = judged_by(link_files(traces), quick=quick)
     read = read_recordings(files, requests, cut_gaps=cut_gaps)
     return [(one.name, recordings) for one, recordings in zip(files, read, strict=True)]
 

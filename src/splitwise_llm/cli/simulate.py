@@ -137,7 +137,7 @@ def _replay(files: Sequence[Path], policy: str, out_file: Path) -> None:
 
 def _recordings(traces: Path | None, recording: str, requests: Path | None, cut_gaps: bool) -> Recordings:
     """One link of a folder with the requests in a file. Raises SpecError that says what is missing."""
-    from splitwise_llm.bench.recordings import link_files, named, read_recordings
+    from splitwise_llm.sim.recordings import link_files, named, read_recordings
 
     if traces is None or requests is None:
         raise SpecError("this scenario replays recordings: give --traces DIR and --requests FILE")

@@ -13,6 +13,7 @@ from splitwise_llm.errors import SpecError
 
 if TYPE_CHECKING:
     from splitwise_llm.learn.courses import Course
+    from splitwise_llm.learn.recorded import Recorded
 
 
 class Learner(StrEnum):
@@ -48,6 +49,17 @@ def train(
             help="Of high: records of live sessions to learn in, too, from the shipped weights on; repeatable."
         ),
     ] = None,
+    traces: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of high: folder of recorded links, as for `bench scenarios`, for a share of the courses; those that "
+            "benches judge by are left out."
+        ),
+    ] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help="Of high: recorded requests for those courses; default: drawn.")
+    ] = None,
+    cut_gaps: Annotated[bool, typer.Option("--cut-gaps", help="Leave out what recorders paused in.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew where the folder holds a run.")] = False,
 ) -> None:
     """Train a policy; stopped, it goes on where it was. Curves: `tensorboard --logdir DIR/curves`."""
@@ -56,13 +68,16 @@ def train(
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise SpecError(f"training needs {error.name}: pip install splitwise-llm[learning]") from error
+    if learner is not Learner.HIGH and (traces or requests or cut_gaps):
+        raise SpecError(f"--traces, --requests and --cut-gaps are for --learner high, not {learner}")
+    recorded = _recorded(traces, requests, cut_gaps)
     if fresh:
         for name in MADE:
             (folder / name).unlink(missing_ok=True)
         for lesson in (folder / "lessons").glob("*.npz"):
             lesson.unlink()
     if learner is Learner.HIGH:
-        weights = _high(config, folder, seed, start, processes, device, from_records or [])
+        weights = _high(config, folder, seed, start, processes, device, from_records or [], recorded)
     else:
         if config != "default" or start or processes > 1 or device != "cpu" or from_records:
             raise SpecError(
@@ -75,8 +90,9 @@ def train(
 
 
 def _high(
-    config: str, folder: Path, seed: int | None, start: Path | None, processes: int, device: str, lived: list[Path]
-) -> Path:
+    config: str, folder: Path, seed: int | None, start: Path | None, processes: int, device: str, lived: list[Path],
+    recorded: Recorded | None,
+) -> Path:  # fmt: skip
     from splitwise_llm.learn.train import read_config
     from splitwise_llm.learn.train import train as learn
     from splitwise_llm.policies.mind import shipped
@@ -84,7 +100,21 @@ def _high(
 
     given = Network.load(start) if start else shipped() if lived else None
     more = _lived(lived) if lived else []
-    return learn(read_config(config, seed), folder, tell, start=given, more=more, processes=processes, device=device)
+    return learn(
+        read_config(config, seed), folder, tell, start=given, more=more, recorded=recorded, processes=processes,
+        device=device,
+    )  # fmt: skip
+
+
+def _recorded(traces: Path | None, requests: Path | None, cut_gaps: bool) -> Recorded | None:
+    """What was recorded and may be learned from. Raises SpecError that says what is missing or cannot be used."""
+    if traces is None:
+        if requests or cut_gaps:
+            raise SpecError("--requests and --cut-gaps go with recorded links: give --traces DIR, too")
+        return None
+    from splitwise_llm.learn.recorded import read_recorded
+
+    return read_recorded(traces, requests, tell, cut_gaps=cut_gaps)
 
 
 def _lived(files: list[Path]) -> list[Course]:

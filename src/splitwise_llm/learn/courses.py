@@ -1,15 +1,17 @@
 """What the high level learns in: settings drawn at random from the shipped devices and models. It knows no learner.
 
 Test settings are rows of `sim.scenarios`; these are not. Links, clouds, rates, slots, staleness, budgets and weights on
-energy are drawn here, and each trace differs again by `TRAIN.spread`.
+energy are drawn here, and each trace differs again by `TRAIN.spread`. Where links were recorded (`recorded`), some of
+the courses have one of those in place of the link that is drawn for them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import repeat
 from multiprocessing import get_context
 
 import numpy as np
@@ -36,6 +38,7 @@ from splitwise_llm.sim.params import (
     Seeing,
     SharedCloud,
 )
+from splitwise_llm.sim.paths import as_recorded
 from splitwise_llm.sim.scenarios import (
     AGX,
     ALWAYS_BUSY,
@@ -46,6 +49,7 @@ from splitwise_llm.sim.scenarios import (
     HEALTHY,
     L7,
     L13,
+    LONGEST_ANSWER,
     MEC,
     ORIN,
     PI5,
@@ -53,8 +57,10 @@ from splitwise_llm.sim.scenarios import (
     TUNNEL,
     WAN,
     Case,
+    Recordings,
     Scenario,
     build,
+    prompt_classes,
     worlds,
 )
 from splitwise_llm.spec import Dtype, LinkSpec, Weights, find_device, find_model
@@ -70,6 +76,7 @@ PAIRS = ((ORIN, GPT2), (S23, GPT2), (PI5, GPT2), *[(ORIN, L7)] * 3, (S23, L7), (
 """Those oftener for which device and cloud are both worth a thought."""
 LINKS = (HEALTHY, WAN, WAN, MEC, MEC, TUNNEL)
 CLOUDS = (ALWAYS_BUSY, CALM_CLOUD, BURSTY_CLOUD)
+Named = tuple[str, Recordings]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +124,17 @@ def _reference_s(device: str, model: str, job: Job) -> float:
     return float(price(alone, Decision(Partition.all_on(spec, DEVICE)), job).total_s)
 
 
-def course(seed: int, number: int) -> Course:
-    """Number `number` of a seed. Raises RequestError where what was drawn cannot run."""
+def _asked(recordings: Recordings, model: str) -> Job:
+    """The mean of the recorded requests, cut down as `build` does."""
+    assert recordings.requests is not None
+    requests = recordings.requests.clip(max(prompt_classes(model)), LONGEST_ANSWER).requests
+    prompt, answer = (np.mean([getattr(one, name) for one in requests]) for name in ("prompt_tokens", "output_tokens"))
+    return Job(round(prompt), round(answer))
+
+
+def course(seed: int, number: int, recorded: Named | None = None) -> Course:
+    """Number `number` of a seed; with the link that was `recorded`, and its requests if there are any, at the load that
+    was drawn. Raises RequestError where what was drawn cannot run."""
     dice = np.random.Generator(np.random.Philox([seed, number]))
     is_crowd = number % 11 == 3
     device, model = PAIRS[int(dice.integers(len(PAIRS)))]
@@ -134,13 +150,23 @@ def course(seed: int, number: int) -> Course:
     job = Job(128, 128) if is_crowd else _job(model, dice)
     per_s = crowd_per_s if is_crowd else load / _reference_s(device, model, job)
     tools = TOOLS if dice.random() < 0.5 else FEW_TOOLS
-    case = Case((device,), model, per_s)
-    scenario = Scenario(f"course-{number}", "", "", (case,), link, cloud, floor, job, burst, devices, slots)
+    label, recordings = recorded or ("", None)
+    has_requests = recordings is not None and recordings.requests is not None
+    if recordings:
+        link = as_recorded(link, recordings.up, recordings.down, recordings.rtt)
+    if recordings and has_requests:
+        asked = _asked(recordings, model)
+        per_s *= _reference_s(device, model, job) / _reference_s(device, model, asked)
+        job, recordings = asked, replace(recordings, down=link.down)
+    case = Case((device,), model, per_s, label)
+    scenario = Scenario(
+        f"course-{number}", "", "", (case,), link, cloud, floor, job, burst, devices, slots, is_recorded=has_requests
+    )
     w_energy = float(dice.choice([0.0, 0.02]))
     seeing = Seeing(delay_s=float(dice.choice([0.0, 0.0, 0.5, 2.0])))
     acceptance = float(dice.uniform(0.35, 0.8))
     told = bool(dice.random() < 0.9)
-    return _made(scenario, case, tools, acceptance, w_energy, seeing, Budgets(), told)
+    return _made(scenario, case, tools, acceptance, w_energy, seeing, Budgets(), told, recordings)
 
 
 def _busier(cloud: CloudProcess, dice: np.random.Generator) -> CloudProcess:
@@ -154,7 +180,7 @@ def _busier(cloud: CloudProcess, dice: np.random.Generator) -> CloudProcess:
 
 def _made(
     scenario: Scenario, case: Case, tools: Tools, acceptance: float, w_energy: float, seeing: Seeing, budgets: Budgets,
-    told: bool,
+    told: bool, recordings: Recordings | None = None,
 ) -> Course:  # fmt: skip
     arrivals = case.per_s if told else 0.0
     tables = []
@@ -164,7 +190,7 @@ def _made(
         few = [planner for planner in PLANNERS if planner.name in ("edge-only", "cloud-only", "neurosurgeon")]
         states = _states(scenario, world)
         tables.append(menu(world, job, (PLAIN, tools), scenario.limits, states, objectives, planners=few))
-    params = build(scenario, case, tables, seeing=seeing, budgets=budgets)
+    params = build(scenario, case, tables, recordings, seeing=seeing, budgets=budgets)
     penalty = params.penalty
     first = tables[0]
     mine, _ = typical(first.world, first.bills[0].job, tools, scenario.limits, arrivals)
@@ -195,24 +221,35 @@ def _states(scenario: Scenario, world: World) -> list[Form]:
     return found[:: max(len(found) // STATES, 1)][:STATES]
 
 
-def courses(seed: int, count: int, processes: int = 1) -> list[Course]:
-    """So many that can run, the same for the same seed, whoever makes them: their tables take most of the time."""
+def recorded_in(number: int, recorded: Sequence[Named], share: float) -> Named | None:
+    """What course `number` has of what was recorded: a share of the courses, evenly, take one recording after the
+    other; the others None."""
+    if not recorded or (number * share) % 1 >= share:
+        return None
+    return recorded[int(number * share) % len(recorded)]
+
+
+def courses(
+    seed: int, count: int, processes: int = 1, recorded: Sequence[Named] = (), share: float = 1.0
+) -> list[Course]:
+    """So many that can run, the same for the same seed, whoever makes them: their tables take most of the time. A
+    share of them is in what was `recorded`; the others are as without."""
     found: list[Course] = []
     number = 0
     with ProcessPoolExecutor(processes, get_context("fork")) if processes > 1 else nullcontext() as pool:
         while len(found) < count:
             numbers = range(number, number + count - len(found))
-            made = partial(_if_possible, seed)
-            found += [one for one in (pool.map(made, numbers) if pool else map(made, numbers)) if one]
+            given = (repeat(seed), numbers, [recorded_in(number, recorded, share) for number in numbers])
+            found += [one for one in (pool.map(_if_possible, *given) if pool else map(_if_possible, *given)) if one]
             number = numbers.stop
     return found
 
 
-def _if_possible(seed: int, number: int) -> Course | None:
+def _if_possible(seed: int, number: int, recorded: Named | None) -> Course | None:
     """None for a model that fits nowhere, as drawn."""
     with suppress(RequestError):
-        return course(seed, number)
+        return course(seed, number, recorded)
     return None
 
 
-__all__ = ["TOOLS", "Course", "course", "courses"]
+__all__ = ["TOOLS", "Course", "Named", "course", "courses", "recorded_in"]

@@ -38,8 +38,10 @@ from torch import Tensor, nn
 from splitwise_llm.errors import SpecError
 from splitwise_llm.learn.courses import Course, courses
 from splitwise_llm.learn.env import CourseEnv, Learnable
+from splitwise_llm.learn.judging import SEED as APART_SEED
 from splitwise_llm.learn.judging import WHOLE, Judgement, Validation, candidates, freed
 from splitwise_llm.learn.parallel import ParallelEnv
+from splitwise_llm.learn.recorded import Recorded
 from splitwise_llm.learn.search import Lesson, lessons
 from splitwise_llm.observation import EPOCHS, SEEN
 from splitwise_llm.policies.features import COUNT
@@ -56,6 +58,8 @@ class Config:
 
     seed: int = 0
     courses: int = 48
+    recorded: float = 0.25
+    """Share of the courses whose link is a recorded one, where recordings are given."""
     worlds: int = 8
     """Of each course, side by side."""
     requests: int = 40
@@ -89,6 +93,8 @@ class Config:
     def __post_init__(self) -> None:
         if min(self.courses, self.worlds, self.steps, self.validate_every, self.validation) < 1:
             raise SpecError(f"every count of a training configuration is 1 or more: {self}")
+        if not 0 < self.recorded <= 1:
+            raise SpecError(f"`recorded` is a share of the courses, above 0 and at most 1, not {self.recorded}")
 
     @property
     def environments(self) -> int:
@@ -260,11 +266,12 @@ def imitate(model: MaskablePPO, taught: Sequence[Lesson], steps: int, seed: int)
 
 def train(
     config: Config, folder: Path, tell: Tell, *, start: Network | None = None, more: Sequence[Course] = (),
-    processes: int = 1, device: str = "cpu",
+    recorded: Recorded | None = None, processes: int = 1, device: str = "cpu",
 ) -> Path:  # fmt: skip
     """Learn, or go on learning what `folder` holds; the file of the best weights. `start` are weights to begin at in
     place of neutral knobs, `more` are courses to learn in beside those that are drawn, which choose among the weights
-    beside those that are set apart, too: else what is learned of them is kept only if it helps elsewhere. So many
+    beside those that are set apart, too: else what is learned of them is kept only if it helps elsewhere. For the same
+    reason some courses that choose are in links which were `recorded`, others than those learned in. So many
     `processes` simulate, and the network learns on `device`.
 
     Raises SpecError where the folder holds another run.
@@ -272,12 +279,18 @@ def train(
     torch.set_num_threads(1)  # other numbers sum in another order, and two are no faster for so small a network
     torch.manual_seed(config.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    state = _state(config, folder, _origin(start, more))
-    tell(f"{config.courses} courses are drawn" + (f" beside {', '.join(one.name for one in more)}" if more else ""))
-    drawn = courses(TRAIN.seed + config.seed, config.courses, processes)
+    state = _state(config, folder, _origin(start, more, recorded))
+    links = recorded.learn if recorded else ()
+    tell(
+        f"{config.courses} courses are drawn"
+        + (f", {config.recorded:.0%} of them in recorded links" if links else "")
+        + (f", beside {', '.join(one.name for one in more)}" if more else "")
+    )
+    drawn = courses(TRAIN.seed + config.seed, config.courses, processes, links, config.recorded)
     given = ([*drawn, *more], config.worlds, config.seed, config.requests)
     env = ParallelEnv(*given, processes) if processes > 1 else CourseEnv(*given)
-    validation = Validation(config.validation, config.validation_worlds, config.lesson_requests, processes, more)
+    apart = [*more, *_chosen_by(config, recorded, processes)]
+    validation = Validation(config.validation, config.validation_worlds, config.lesson_requests, processes, apart)
     model = learner(config, env, device)
     if start is not None:
         begin_at(model, start)
@@ -289,14 +302,8 @@ def train(
             env.low, env.high = kept["low"], kept["high"]
         tell(f"going on after {state['updates']} of {config.updates} updates")
     elif start is None:
-        network(model, env).save(folder / "splitwise.npz")  # neutral, which saves nothing: what is kept must save more
-        state["best"] = 0.0
         taught = _taught(config, drawn, folder, processes, tell)
-        for one in taught:
-            env.low, env.high = np.minimum(env.low, one.low[:COUNT]), np.maximum(env.high, one.high[:COUNT])
-        state["alone"] = _judge(folder, state, "the outlook alone", freed(network(model, env), ()), validation, tell)
-        loss = imitate(model, taught, config.imitation, config.seed)
-        tell(f"imitated to {loss:.3f} nats per knob")
+        _imitate(config, folder, state, model, env, taught, validation, tell)
     else:
         state["alone"] = validation.judge(freed(start, ())).worth
         state["began"] = _judge(folder, state, "the weights it began at", start, validation, tell)
@@ -322,10 +329,33 @@ def train(
     return folder / "splitwise.npz"
 
 
-def _origin(start: Network | None, more: Sequence[Course]) -> dict[str, Any]:
+def _imitate(
+    config: Config, folder: Path, state: dict[str, Any], model: MaskablePPO, env: Learnable, taught: Sequence[Lesson],
+    validation: Validation, tell: Tell,
+) -> None:  # fmt: skip
+    """Widen the range of what was seen to the lessons, judge the outlook alone, and teach the lessons."""
+    network(model, env).save(folder / "splitwise.npz")  # neutral, which saves nothing: what is kept must save more
+    state["best"] = 0.0
+    for one in taught:
+        env.low, env.high = np.minimum(env.low, one.low[:COUNT]), np.maximum(env.high, one.high[:COUNT])
+    state["alone"] = _judge(folder, state, "the outlook alone", freed(network(model, env), ()), validation, tell)
+    loss = imitate(model, taught, config.imitation, config.seed)
+    tell(f"imitated to {loss:.3f} nats per knob")
+
+
+def _chosen_by(config: Config, recorded: Recorded | None, processes: int) -> list[Course]:
+    """Courses in recorded links that only choose among weights: as large a share as of those learned in, one at
+    least."""
+    if recorded is None or not recorded.apart:
+        return []
+    return courses(APART_SEED + 1, max(round(config.recorded * config.validation), 1), processes, recorded.apart)
+
+
+def _origin(start: Network | None, more: Sequence[Course], recorded: Recorded | None = None) -> dict[str, Any]:
     """Where a run began and what it was given, so that another one is not taken for it."""
     digest = start and sha256(b"".join(getattr(start, name).tobytes() for name in NAMES)).hexdigest()
-    return {"start": digest, "given": [one.name for one in more]}
+    origin: dict[str, Any] = {"start": digest, "given": [one.name for one in more]}
+    return origin | {"recorded": recorded.digest} if recorded else origin
 
 
 def _taught(
@@ -392,11 +422,12 @@ def _state(config: Config, folder: Path, origin: dict[str, Any]) -> dict[str, An
         file.write_text(json.dumps(begun))  # what is kept from now on is of this configuration
         return begun
     state: dict[str, Any] = json.loads(file.read_text())
-    if state["config"] != asked:
+    if {"recorded": Config().recorded, **state["config"]} != asked:  # older runs had no such share, nor used it
         raise SpecError(f"{folder} holds a run with another configuration; give another folder, or delete it")
     if state.get("origin", _origin(None, ())) != origin:
         raise SpecError(
-            f"{folder} holds a run that began at other weights or records; give another --out, or --fresh to begin anew"
+            f"{folder} holds a run that began at other weights, records or recordings; give another --out, or --fresh "
+            "to begin anew"
         )
     return state
 

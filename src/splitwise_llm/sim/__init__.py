@@ -14,6 +14,7 @@
 | `asking` | questions to decision makers, and their answers |
 | `episode` | a whole run and its records |
 | `scenarios` | the settings that claims are made for |
+| `recordings` | folders of recorded links: found, read, and kept apart to judge by and to learn from |
 | `worlds` | worlds that wait for answers, and what the time between costs |
 | `gym` | the same as Gymnasium environments |
 """

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from splitwise_llm.errors import SpecError
 from splitwise_llm.sim.counters import exponentials, factor, uniforms
-from splitwise_llm.sim.params import CloudProcess, LinkProcess, Params
+from splitwise_llm.sim.params import CloudProcess, LinkClass, LinkProcess, Params
 from splitwise_llm.sim.physics import Floats, Ints
+from splitwise_llm.traces import RateTrace, RttTrace
 
 Process = LinkProcess | CloudProcess
 
@@ -81,6 +82,39 @@ def _recorded_rows(link: LinkProcess) -> tuple[list[tuple[float, int]], Floats]:
     return [*starts, (steps * link.step_s, -1)], np.array(rows)
 
 
+def as_recorded(link: LinkProcess, up: RateTrace, down: RateTrace | None, rtt: RttTrace | None) -> LinkProcess:
+    """The link as recorded. Its classes sum the recording up, for who prices it beforehand: the fastest, the middle and
+    the slowest third of the time that it is up (nearly: what stays alike is not divided), and outages of the mean
+    length.
+
+    Without `down` the rates of `up` hold both ways, without `rtt` the round trip of the first class of `link`. Raises
+    SpecError for a recording that is never up.
+    """
+    recorded = replace(link, periodic=False, up=up, down=down or up, rtt=rtt)
+    starts, meaning = _recorded_rows(recorded)
+    lasts_s = np.diff([start for start, _ in starts])
+    is_up = meaning[:, 3] > 0
+    fastest_first = np.argsort(np.where(is_up, meaning[:, 1], np.inf), kind="stable")
+    middles_s = np.cumsum(lasts_s[fastest_first]) - lasts_s[fastest_first] / 2
+    kinds = np.full(len(meaning), _OUTAGE)
+    kinds[fastest_first] = (3 * middles_s / lasts_s[is_up].sum()).astype(np.int64).clip(0, _OUTAGE - 1)
+    kinds[~is_up] = _OUTAGE
+    begins = kinds != np.roll(kinds, 1)
+    classes = list[LinkClass]()
+    for kind in np.unique(kinds).tolist():
+        at = kinds == kind
+        dwell_s = float(lasts_s[at].sum() / max((begins & at).sum(), 1))
+        if kind == _OUTAGE:
+            classes.append(replace(classes[-1], mean_dwell_s=dwell_s, is_up=False))
+        else:
+            ways = [np.average(1 / meaning[at, n], weights=lasts_s[at]) for n in (1, 2)]
+            rtt_s = np.average(meaning[at, 0], weights=lasts_s[at])
+            classes.append(LinkClass(float(rtt_s), float(ways[0]), float(ways[1]), dwell_s))
+    return replace(recorded, classes=tuple(classes))
+
+
+_OUTAGE = 3
+"""The last of the kinds of time in a recording, after three thirds."""
 _DEAD_BYTES_PER_S = 1e3
 """Below 8 kbit/s a step of a recording counts as an outage."""
 

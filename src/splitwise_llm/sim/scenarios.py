@@ -51,6 +51,8 @@ ALWAYS_BUSY, BURSTY_CLOUD = CloudProcess((BUSY,)), CloudProcess((BUSY, HEAVY, OV
 CALM_CLOUD = CloudProcess((BUSY, HEAVY))
 FLOOR = Floor(2, 2)
 PROMPT_CLASSES = (64, 128, 256, 512, 1024)
+LONGEST_ANSWER = 512
+"""Recorded requests are cut down to this, and to the longest prompt class."""
 SHORT = {
     "orin-nx-16gb": "orin", "agx-orin-64gb": "agx", "galaxy-s23": "s23", "raspberry-pi-5": "pi5", "gpt2-xl": "gpt2xl",
     "llama-7b": "7b", "llama-13b": "13b",
@@ -192,7 +194,8 @@ def find_scenario(name: str) -> Scenario:
 class Recordings:
     """What was recorded, for scenarios that replay it."""
 
-    requests: RequestTrace
+    requests: RequestTrace | None
+    """None: only the link was recorded, and requests are drawn."""
     up: RateTrace
     down: RateTrace | None = None
     rtt: RttTrace | None = None
@@ -210,6 +213,11 @@ class Split:
 TRAIN, TEST = Split(1_000, 0.5), Split(2_000, 0.0)
 
 
+def prompt_classes(model: str) -> tuple[int, ...]:
+    """What recorded prompts are taken for, in tokens."""
+    return tuple(prompt for prompt in PROMPT_CLASSES if prompt < find_model(model).max_context)
+
+
 def worlds(
     scenario: Scenario, case: Case, acceptance: float = 0.6, accuracy: Accuracy = NO_LOSS
 ) -> tuple[tuple[World, Job], ...]:
@@ -220,7 +228,7 @@ def worlds(
     drafter = Drafter(acceptance, find_model(DRAFT_MODEL))
     jobs = [scenario.job]
     if scenario.is_recorded:
-        jobs = [Job(prompt, scenario.job.tokens_out) for prompt in PROMPT_CLASSES if prompt < spec.max_context]
+        jobs = [Job(prompt, scenario.job.tokens_out) for prompt in prompt_classes(case.model)]
     return tuple(
         (World(spec, (Host(find_device(device), Dtype.FP16, Weights.INT4), server), pair, accuracy, drafter), job)
         for device in case.devices
@@ -244,13 +252,13 @@ def build(
     link, seeing = case.link or scenario.link, seeing or Seeing()
     classes: tuple[int, ...] = ()
     if scenario.is_recorded:
-        if recordings is None:
+        if recordings is None or recordings.requests is None:
             raise SpecError(
                 f"scenario {scenario.name} replays recordings: give a folder of links and a file of requests"
             )
         classes = tuple(table.bills[0].job.prompt_tokens for table in tables[: len(tables) // len(case.devices)])
         link = replace(link, up=recordings.up, down=recordings.down, rtt=recordings.rtt)
-        arrivals = replace(arrivals, recorded=recordings.requests.clip(max(classes), 512))
+        arrivals = replace(arrivals, recorded=recordings.requests.clip(max(classes), LONGEST_ANSWER))
         seeing = replace(seeing, length_error=None) if seeing.length_error == 0.0 else seeing
     prices = [table.at(table.world.conditions()).total_s.min() for table in tables]
     return Params(

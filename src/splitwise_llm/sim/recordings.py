@@ -1,11 +1,14 @@
-"""Recorded links in a folder and recorded requests in a file, found and read; what replays them is not known here."""
+"""Recorded links in a folder and recorded requests in a file, found and read; what replays them is not known here.
+
+What benches judge by is chosen here, too (`judged_by`), and so is what that leaves to learn from (`left_to_learn`).
+"""
 
 from __future__ import annotations
 
 import csv
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
@@ -13,12 +16,16 @@ from typing import TypeVar
 from splitwise_llm.errors import SpecError
 from splitwise_llm.sim.scenarios import Recordings
 from splitwise_llm.traces import GapError, Gaps, read_rtt, read_trace
-from splitwise_llm.workload import read_requests
+from splitwise_llm.workload import RequestTrace, read_requests
 
 R = TypeVar("R")
 
 EVERY_S = 30
 """Recorded requests are thinned to about one in so many seconds: what one device asks, not a data centre's users."""
+JUDGED, QUICKLY_JUDGED = 8, 2
+"""Recorded links that benches judge by, and those of what is quick."""
+APART = 3
+"""Of what is left to learn from, one link in so many only chooses among weights."""
 MANIFEST = "manifest.csv"
 _KINDS = re.compile(r"(?<![a-z0-9])(up|down|rtt)", re.IGNORECASE)
 
@@ -38,6 +45,10 @@ class LinkFiles:
         """For people: which files are used."""
         said = [f"up {self.up.name}", f"down {self.down.name if self.down else 'as up'}"]
         return ", ".join([*said, f"rtt {self.rtt.name}" if self.rtt else "rtt of the scenario"])
+
+    @property
+    def paths(self) -> set[Path]:
+        return {path for path in (self.up, self.down, self.rtt) if path}
 
 
 def link_files(folder: Path) -> tuple[LinkFiles, ...]:
@@ -107,6 +118,36 @@ def spread_over(files: Sequence[LinkFiles], most: int) -> Sequence[LinkFiles]:
     return files[:: max(1, len(files) // most)][:most]
 
 
+def judged_by(files: Sequence[LinkFiles], *, quick: bool = False) -> Sequence[LinkFiles]:
+    """Those that benches replay, of a folder's links: nothing may learn from them."""
+    return spread_over(files, QUICKLY_JUDGED if quick else JUDGED)
+
+
+def left_to_learn(files: Sequence[LinkFiles]) -> tuple[list[LinkFiles], list[LinkFiles]]:
+    """Links to learn in, and others to choose among weights by: none of a file that benches judge by, quickly or not,
+    and no file in both. A downlink or round trips that are taken already are left out. Raises SpecError where nothing
+    to learn from is left."""
+    judged = {path for quick in (False, True) for one in judged_by(files, quick=quick) for path in one.paths}
+    left = _without(files, judged)
+    if not left:
+        names = ", ".join(one.name for one in files)
+        raise SpecError(
+            f"benches judge by every recorded link there is ({names}), and nothing is learned from those: put more "
+            f"than {JUDGED} into the folder, or train without --traces"
+        )
+    apart = left[APART - 1 :: APART] or left[1:]
+    learn = [one for one in left if one not in apart]
+    return learn, _without(apart, {path for one in learn for path in one.paths})
+
+
+def _without(files: Sequence[LinkFiles], taken: set[Path]) -> list[LinkFiles]:
+    return [
+        replace(one, down=None if one.down in taken else one.down, rtt=None if one.rtt in taken else one.rtt)
+        for one in files
+        if one.up not in taken
+    ]
+
+
 def named(files: Sequence[LinkFiles], name: str) -> LinkFiles:
     """The recorded link of this name; the first where the name is empty. Raises SpecError that suggests the nearest."""
     for one in files:
@@ -118,13 +159,28 @@ def named(files: Sequence[LinkFiles], name: str) -> LinkFiles:
     raise SpecError(f"no recorded link {name!r} among {', '.join(names)}{hint}")
 
 
-def read_recordings(files: Sequence[LinkFiles], requests: Path, *, cut_gaps: bool = False) -> list[Recordings]:
-    """What is in the files, in their order, each with the same thinned requests.
+def thinned(asked: RequestTrace, *, to_learn: bool = False) -> RequestTrace:
+    """One request in about `EVERY_S` seconds; `to_learn` from, others than benches judge by. Raises SpecError where
+    there are no others."""
+    every = max(1, round(EVERY_S * asked.mean_per_s))
+    if not to_learn:
+        return asked.thin(every)
+    if every == 1 or not (left := asked.thin(every, every // 2)).requests:
+        raise SpecError(
+            f"{len(asked.requests)} recorded requests in {asked.duration_s:.0f} s, and benches judge by all of them; "
+            "nothing is learned from those: give more, as of a server that many ask, or train without --requests"
+        )
+    return left
+
+
+def read_recordings(
+    files: Sequence[LinkFiles], requests: Path | None, *, cut_gaps: bool = False, to_learn: bool = False
+) -> list[Recordings]:
+    """What is in the files, in their order, each with the same thinned requests, if any (`thinned`).
 
     Raises SpecError that names every recording with a pause of which nothing is known, unless `cut_gaps`.
     """
-    asked = read_requests(requests)
-    thinned = asked.thin(max(1, round(EVERY_S * asked.mean_per_s)))
+    asked = thinned(read_requests(requests), to_learn=to_learn) if requests else None
     gaps: Gaps = "cut" if cut_gaps else "refuse"
     pauses: dict[str, None] = {}  # in order, each once: links may share a log
 
@@ -141,7 +197,7 @@ def read_recordings(files: Sequence[LinkFiles], requests: Path, *, cut_gaps: boo
         down = read(one.down, lambda path: read_trace(path, "down", gaps)) if one.down else None
         rtt = read(one.rtt, lambda path: read_rtt(path, gaps)) if one.rtt else None
         if up:
-            result.append(Recordings(thinned, up, down, rtt))
+            result.append(Recordings(asked, up, down, rtt))
     if pauses:
         said = "\n  ".join(pauses)
         raise SpecError(
@@ -151,4 +207,6 @@ def read_recordings(files: Sequence[LinkFiles], requests: Path, *, cut_gaps: boo
     return result
 
 
-__all__ = ["LinkFiles", "link_files", "named", "read_recordings", "spread_over"]
+__all__ = [
+    "LinkFiles", "judged_by", "left_to_learn", "link_files", "named", "read_recordings", "spread_over", "thinned",
+]  # fmt: skip
