@@ -68,12 +68,23 @@ def test_a_limit_decides_where_the_bar_speaks_of_one() -> None:
 @pytest.mark.parametrize(
     ("case", "times", "met"),
     [("orin-7b-0.15-live", 0.75, True), ("orin-7b-0.15-live", 0.8, False), ("orin-7b-0.15-old", 0.8, True),
-     ("orin+s23+pi5-7b-0.15-mixed", 0.91, False)],
+     ("orin+s23+pi5-7b-0.15-mixed", 0.91, False), ("orin-7b-0.2-live", 0.76, False), ("orin-7b-0.12-old", 0.89, True)],
 )  # fmt: skip
 def test_rush_hour_asks_for_more_where_the_load_is_fresh(case: str, times: float, met: bool) -> None:
     evidence = Evidence({("rush-hour", case): {"drift-selfish": outcome(), "splitwise": outcome(times)}})
-    assert only(evidence, "rush-hour against selfish", bar="mean_s").met is met
-    assert only(evidence, "rush-hour against selfish", bar="p95_s").met
+    assert only(evidence, "rush-hour against selfish", f"rush-hour.{case}", "mean_s").met is met
+    assert only(evidence, "rush-hour against selfish", f"rush-hour.{case}", "p95_s").met
+
+
+def test_rush_hour_below_capacity_decides_no_bar_and_its_tail_may_not_be_longer() -> None:
+    calm = Evidence({("rush-hour", "orin-7b-0.08-live"): {"drift-selfish": outcome(), "splitwise": outcome(0.5)}})
+    found = only(calm, "rush-hour against selfish")
+    assert found.met is None
+    assert "--scenario rush-hour" in found.says
+    tail = outcome(0.5)
+    tail.total_s[:, -4:] *= 10  # a tenth of the requests
+    longer = Evidence({("rush-hour", "orin-7b-0.15-live"): {"drift-selfish": outcome(), "splitwise": tail}})
+    assert only(longer, "rush-hour against selfish", bar="p95_s").met is False
 
 
 def test_tails_are_held_to_nine_tenths_of_the_reduction_that_can_be_had() -> None:
@@ -143,7 +154,9 @@ def test_private_rows_are_judged_alone_and_by_their_geometric_mean() -> None:
 def test_what_was_not_run_is_neither_met_nor_missed_and_says_what_would() -> None:
     bars = bars_of(Evidence({}))
     assert all(bar.met is None for bar in bars)
-    assert {bar.figure for bar in bars} >= {"accuracy", "stability", "memory", "regret to best causal"}
+    assert {bar.figure for bar in bars} >= {
+        "accuracy", "stability", "memory", "regret to best causal", "rush-hour against selfish",
+    }  # fmt: skip
     assert any("splitwise bench stability --policy splitwise" in bar.says for bar in bars)
 
 

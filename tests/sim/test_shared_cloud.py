@@ -10,6 +10,7 @@ from worlds import CLOUD, STEADY, Exact, Only, U, table
 
 from splitwise_llm.cost import Job, price
 from splitwise_llm.lyapunov import Penalty
+from splitwise_llm.sim import cloud, step
 from splitwise_llm.sim.asking import questions
 from splitwise_llm.sim.draws import Traces, draw
 from splitwise_llm.sim.endings import DONE
@@ -17,7 +18,7 @@ from splitwise_llm.sim.episode import Records, Run, simulate
 from splitwise_llm.sim.params import Arrivals, LinkClass, LinkProcess, Params, SharedCloud
 from splitwise_llm.sim.paths import Path
 from splitwise_llm.sim.physics import Physics
-from splitwise_llm.sim.state import WAIT
+from splitwise_llm.sim.state import WAIT, State
 
 MENU = table()
 PHYSICS = Physics([MENU])
@@ -158,6 +159,27 @@ def test_nobody_is_lost_in_rush_hour_and_sessions_never_exceed_the_limit() -> No
     records = going.finish()
     assert waited
     assert (records.status == DONE).all()
+
+
+# Dies when sim/cloud.py says `or False` for `or len(self.filling[0]) > 0`.
+@pytest.mark.parametrize("plan", [CLOUD, U])
+def test_once_settled_the_load_is_what_the_prices_make_of_it(plan: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and split sessions change the load by their prices, whole sessions that decode do not."""
+    settle, settled = step._settle, 0
+
+    def checked(params: Params, traces: Traces, s: State) -> cloud.Served:
+        nonlocal settled
+        served = settle(params, traces, s)
+        assert not s.dirty.any()
+        cloud.load(params, s, cloud.Served.of(params, s))
+        assert not s.dirty.any()
+        settled += 1
+        return served
+
+    monkeypatch.setattr(step, "_settle", checked)
+    setting = params(8, sessions=6)
+    run(setting, together(setting, apart_s=0.03), plan)
+    assert settled > 20
 
 
 # Killed by: SETTLING_ROUNDS = 1 in sim/step.py (load and prices then lag behind each other by an event).

@@ -114,10 +114,10 @@ class Mind:
         """What the actions lead to, filtered and counted."""
         guided = self.guide.guide(priced, Knobs.of(actions))
         self.tally.filtered += int(guided.kept.sum())
-        for head, neutral in enumerate(NEUTRAL):
+        for head in np.nonzero((actions != _NEUTRAL).any(axis=0))[0].tolist():
             values, counts = np.unique(actions[:, head], return_counts=True)
             for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-                if value != neutral:
+                if value != NEUTRAL[head]:
                     self.tally.turned[knob_name(head, value)] += count
         return guided
 

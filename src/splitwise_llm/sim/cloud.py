@@ -7,6 +7,8 @@ visits, and holds its session and its blocks all the time.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from splitwise_llm.sim.batching import REFERENCE_CONTEXT
@@ -34,50 +36,107 @@ def _positions(params: Params, s: State) -> Floats:
     return np.where(held, (params.physics.prompt_tokens[plan] + s.tokens) * share, 0.0)
 
 
-def _used(params: Params, s: State) -> Floats:
-    """Blocks in use (e, d, s)."""
-    used: Floats = np.ceil(_positions(params, s) / _shared(params).block_positions)
-    return used
+def _blocks(params: Params, positions: Floats) -> Floats:
+    """That so many positions (e, d, s) take."""
+    blocks: Floats = np.ceil(positions / _shared(params).block_positions)
+    return blocks
 
 
-def load(params: Params, s: State) -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class Iterations:
+    """Those of a batch: arrays (e,)."""
+
+    batch: Floats
+    """Sequences in it."""
+    plain_s: Floats
+    mixed_s: Floats
+    """With a chunk of prompts."""
+
+    @classmethod
+    def of(cls, params: Params, s: State, joined: Floats, positions: Floats) -> Iterations:
+        """Of sequences that are in them at these shares (e, d, s)."""
+        cloud, server = _shared(params), params.server
+        batch = joined.sum(axis=(1, 2)) + cloud.background
+        rows = (joined * params.physics.rows_per_step[s.plan]).sum(axis=(1, 2)) + cloud.background
+        cached = (joined * positions).sum(axis=(1, 2)) + cloud.background * REFERENCE_CONTEXT
+        plain = server.iteration_s(np.maximum(rows, 1.0), np.maximum(cached, REFERENCE_CONTEXT))
+        return cls(batch, plain, server.iteration_s(rows, cached, float(cloud.chunk)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Served:
+    """What the sessions of a moment make of the cloud, as far as prices do not change it."""
+
+    joined: Floats
+    """(e, d, s): 1 of those that are in every iteration."""
+    positions: Floats
+    """(e, d, s): cached."""
+    visiting: tuple[Ints, ...]
+    """Slots (n,) of split sessions that decode: they are in the iterations in which their layers are computed."""
+    filling: tuple[Ints, ...]
+    """Slots (n,) of prompts and moves."""
+    iterations: Iterations
+    """Without those that visit."""
+    wait_s: Floats
+    """(e,): for admission."""
+
+    @property
+    def follows_prices(self) -> bool:
+        """Whether the load is another one where prices are: whole sessions that decode are in every iteration."""
+        return len(self.visiting[0]) > 0 or len(self.filling[0]) > 0
+
+    @classmethod
+    def of(cls, params: Params, s: State) -> Served:
+        physics = params.physics
+        decoding = s.granted & (s.phase == DECODE) & (s.hold_s <= 0)
+        streams = physics.streams[s.plan]
+        joined = np.where(decoding & streams, 1.0, 0.0)
+        joined += (s.ghost > 0) & s.granted
+        positions = _positions(params, s)
+        filling = s.granted & ((s.phase == PROMPT) | (s.phase == MOVE))
+        return cls(
+            joined, positions, np.nonzero(decoding & ~streams), np.nonzero(filling),
+            Iterations.of(params, s, joined, positions), _admission_s(params, s),
+        )  # fmt: skip
+
+
+def load(params: Params, s: State, served: Served) -> None:
     """What the sessions make of the cloud now, in place; those that use it are priced anew where that changed."""
-    cloud = _shared(params)
-    decoding = s.granted & (s.phase == DECODE) & (s.hold_s <= 0)
-    # A split session is in the share of the iterations in which its layers are computed.
-    joined = np.where(decoding, np.where(params.physics.streams[s.plan], 1.0, _visits(params, s)), 0.0)
-    joined += (s.ghost > 0) & s.granted
-    batch = joined.sum(axis=(1, 2)) + cloud.background
-    rows = (joined * params.physics.rows_per_step[s.plan]).sum(axis=(1, 2)) + cloud.background
-    positions = (joined * _positions(params, s)).sum(axis=(1, 2)) + cloud.background * REFERENCE_CONTEXT
-    filling = s.granted & ((s.phase == PROMPT) | (s.phase == MOVE)) & (s.unit[..., CLOUD_S] > 0)
-    wanted = np.where(filling, s.unit[..., CLOUD_S] * s.fill[:, None, None] / np.maximum(s.unit[..., 0], 1e-9), 0.0)
-    mixing = np.minimum(wanted.sum(axis=(1, 2)), 1.0)
-    server, one = params.server, params.server.one_s
-    plain = server.iteration_s(np.maximum(rows, 1.0), np.maximum(positions, REFERENCE_CONTEXT))
-    mixed = server.iteration_s(rows, positions, float(cloud.chunk))
-    alone = server.iteration_s(np.zeros(1), np.zeros(1), float(cloud.chunk))
-    seconds = (1 - mixing) * plain + mixing * mixed
-    slow, fill = seconds / one, mixed / alone
-    others = batch + mixing > 1 + 1e-6
-    new = np.stack(
-        [slow, slow / np.maximum(batch, 1.0), np.where(others, seconds / 2, 0.0), _admission_s(params, s)], axis=1
-    )
-    changed = (np.abs(new[:, :3] - s.load[:, :3]) > SETTLED * (new[:, :3] + 1e-9)).any(axis=1)
+    now = served.iterations
+    if len(served.visiting[0]):
+        joined = served.joined.copy()
+        joined[served.visiting] += _visits(params, s, served.visiting)
+        now = Iterations.of(params, s, joined, served.positions)
+    mixing = np.zeros(len(now.batch))
+    if len(served.filling[0]):
+        wanted = np.zeros(s.left.shape)
+        unit = s.unit[served.filling]
+        wanted[served.filling] = unit[:, CLOUD_S] * s.fill[served.filling[0]] / np.maximum(unit[:, 0], 1e-9)
+        mixing = np.minimum(wanted.sum(axis=(1, 2)), 1.0)
+    seconds = (1 - mixing) * now.plain_s + mixing * now.mixed_s
+    slow, fill = seconds / params.server.one_s, now.mixed_s / params.chunk_s
+    others = now.batch + mixing > 1 + 1e-6
+    new = np.array([slow, slow / np.maximum(now.batch, 1.0), np.where(others, seconds / 2, 0.0)]).T
+    changed = (np.abs(new - s.load[:, :3]) > SETTLED * (new + 1e-9)).any(axis=1)
     changed |= np.abs(fill - s.fill) > SETTLED * fill
-    s.load[changed, :3], s.fill[changed] = new[changed, :3], fill[changed]
-    s.load[:, 3] = new[:, 3]
-    s.dirty |= changed[:, None, None] & s.granted & (s.phase >= PROMPT)
-    if not cloud.information_s:
+    s.load[:, 3] = served.wait_s
+    if changed.any():
+        s.load[changed, :3], s.fill[changed] = new[changed], fill[changed]
+        s.dirty |= changed[:, None, None] & s.granted & (s.phase >= PROMPT)
+
+
+def publish(params: Params, s: State) -> None:
+    """Devices know the load as it is, where it is live."""
+    if not _shared(params).information_s:
         s.published[:, :4] = s.load
         s.published[:, 4] = backlog_s(params, s)
 
 
-def _visits(params: Params, s: State) -> Floats:
-    """Share of the iterations that a session is in: what its layers take, over what its tokens take."""
-    share = params.physics.cloud_layers[s.plan]
+def _visits(params: Params, s: State, i: tuple[Ints, ...]) -> Floats:
+    """Share (n,) of the iterations that sessions are in: what their layers take, over what their tokens take."""
+    share = params.physics.cloud_layers[s.plan[i]]
     one = params.server.one_s
-    result: Floats = np.minimum(share * one * s.load[:, 0, None, None] / np.maximum(s.token[..., 0], 1e-9), 1.0)
+    result: Floats = np.minimum(share * one * s.load[i[0], 0] / np.maximum(s.token[i][:, 0], 1e-9), 1.0)
     return result
 
 
@@ -104,18 +163,22 @@ def backlog_s(params: Params, s: State) -> Floats:
 
 def shares(s: State, rate: Floats) -> Floats:
     """By what prompts are slowed (e, d, s) because several want to be taken in at once."""
-    filling = (s.phase == PROMPT) | (s.phase == MOVE)
-    use = np.where(filling, s.unit[..., CLOUD_S] * s.fill[:, None, None] * rate, 0.0)
-    total = use.sum(axis=(1, 2))[:, None, None]
-    result: Floats = np.where((use > 0) & (total > 1), 1 / np.maximum(total, 1.0), 1.0)
+    filling = np.nonzero((s.phase == PROMPT) | (s.phase == MOVE))
+    result = np.ones_like(rate)
+    if len(filling[0]):
+        use = np.zeros_like(rate)
+        one = s.unit[filling][:, CLOUD_S] * s.fill[filling[0]] * rate[filling]
+        use[filling] = one
+        total = use.sum(axis=(1, 2))[filling[0]]
+        result[filling] = np.where((one > 0) & (total > 1), 1 / np.maximum(total, 1.0), 1.0)
     return result
 
 
-def until(params: Params, s: State, rate: Floats) -> Floats:
+def until(params: Params, s: State, rate: Floats, served: Served) -> Floats:
     """Seconds (e,) until the cache is full or the load is published."""
     cloud = _shared(params)
     growth = np.where(s.granted & (s.phase == DECODE), rate, 0.0) * params.physics.cloud_layers[s.plan]
-    free = params.blocks - _used(params, s).sum(axis=(1, 2))
+    free = params.blocks - _blocks(params, served.positions).sum(axis=(1, 2))
     with np.errstate(divide="ignore"):
         full: Floats = np.maximum(free, 1.0) * cloud.block_positions / growth.sum(axis=(1, 2))
     if cloud.information_s:
@@ -127,7 +190,7 @@ def govern(params: Params, s: State, go: Bools) -> None:
     """Preempt while the cache is overfull, admit while there is room, publish the load."""
     cloud = _shared(params)
     limit = params.blocks
-    used = _used(params, s)
+    used = _blocks(params, _positions(params, s))
     over = (used.sum(axis=(1, 2)) > limit) & go
     for e in np.nonzero(over)[0].tolist():
         _preempt(params, s, e, used[e], limit)
@@ -161,7 +224,7 @@ def _admit(params: Params, s: State, e: int, waiting: Bools, limit: int) -> None
     if room <= 0:
         return
     d, k = np.nonzero(waiting)
-    free = limit - float(_used(params, s)[e].sum())
+    free = limit - float(_blocks(params, _positions(params, s))[e].sum())
     for n in np.argsort(s.asked_s[e, d, k], kind="stable").tolist():
         i = (e, d[n], k[n])
         plan = s.plan[i]

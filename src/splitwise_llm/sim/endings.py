@@ -47,7 +47,7 @@ def go_on(params: Params, traces: Traces, s: State, over: Bools, up: Bools, ende
     e, d, k = np.nonzero(over)
     phase = s.phase[e, d, k]
     s.dirty[e, d, k] = True
-    for number in np.unique(phase):
+    for number in sorted(set(phase.tolist())):
         at = phase == number
         i = (e[at], d[at], k[at])
         if number == WAIT:
@@ -116,7 +116,7 @@ def end(params: Params, traces: Traces, s: State, i: tuple[Ints, ...], status: i
     missed = (total > deadline).astype(np.float64) if deadline is not None else np.zeros(len(e))
     nats = params.physics.nats[s.plan[i]]
     g = (params.budgets, spent[:, 0], missed, nats, s.output[i])
-    if len(np.unique(e * s.row.shape[1] + d)) == len(e):
+    if len(set((e * s.row.shape[1] + d).tolist())) == len(e):
         s.virtual[e, d] = lyapunov.completed(s.virtual[e, d], *g)
     else:  # several of one device at a time: one after the other
         for n in range(len(e)):

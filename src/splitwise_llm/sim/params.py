@@ -231,6 +231,12 @@ class Params:
         return Server.of(world.spec, world.hosts[CLOUD])
 
     @cached_property
+    def chunk_s(self) -> float:
+        """An iteration of a shared cloud that takes in a chunk of prompts and decodes nothing."""
+        chunk = self.cloud.chunk if isinstance(self.cloud, SharedCloud) else SharedCloud().chunk
+        return float(self.server.iteration_s(np.zeros(1), np.zeros(1), float(chunk))[0])
+
+    @cached_property
     def blocks(self) -> int:
         """Cache blocks of a shared cloud: what was given, or what its memory holds."""
         cloud = self.cloud if isinstance(self.cloud, SharedCloud) else SharedCloud()

@@ -25,11 +25,11 @@ def conditions(params: Params, rows: Floats, link: Ints, load: Floats) -> Floats
 
 def refresh(params: Params, traces: Traces, s: State) -> None:
     """Price the phases of slots that are marked as changed."""
-    e, d, k = np.nonzero(s.dirty)
+    i = e, d, k = np.nonzero(s.dirty)
     if not len(e):
         return
-    s.dirty[e, d, k] = False
-    physics, phase, plan = params.physics, s.phase[e, d, k], s.plan[e, d, k]
+    s.dirty[i] = False
+    physics, phase, plan = params.physics, s.phase[i], s.plan[i]
     load = s.load[e]
     x = conditions(params, traces.link_rows, s.row[e, d], load)
     token = physics.units(TOKEN, plan, x)
@@ -37,7 +37,7 @@ def refresh(params: Params, traces: Traces, s: State) -> None:
     needs_link = physics.needs_link[TOKEN, plan]
     if params.is_shared:
         x[:, params.physics.places.slow] = s.fill[e]
-    for number in np.unique(phase):
+    for number in set(phase.tolist()):
         at = phase == number
         if number == PROMPT:
             unit[at] = physics.units(PER_PROMPT, plan[at], x[at])
@@ -53,7 +53,7 @@ def refresh(params: Params, traces: Traces, s: State) -> None:
             unit[at, 0] = 1.0
             needs_link[at] = True
     unit[:, 0] = np.maximum(unit[:, 0], SMALL_S)
-    s.unit[e, d, k], s.token[e, d, k], s.needs_link[e, d, k] = unit, token, needs_link
+    s.unit[i], s.token[i], s.needs_link[i] = unit, token, needs_link
 
 
 def _move_units(params: Params, s: State, slots: tuple[Ints, ...], x: Floats) -> tuple[Floats, Bools]:

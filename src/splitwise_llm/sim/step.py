@@ -73,12 +73,13 @@ def step(params: Params, traces: Traces, s: State) -> tuple[list[Ended], Noted |
     ended: list[Ended] = []
     go = ~(s.ask.any(axis=(1, 2)) | s.is_over)
     hear(traces, s, go)
+    served = None
     if params.is_shared:
         cloud.govern(params, s, go)
-        _settle(params, traces, s)
+        served = _settle(params, traces, s)
     refresh(params, traces, s)
     rate, up = rates(params, traces, s)
-    dt = np.where(go, _until(params, traces, s, rate, up), 0.0)
+    dt = np.where(go, _until(params, traces, s, rate, up, served), 0.0)
     _flow(params, traces, s, rate, up, dt)
     moved = go[:, None, None] & (s.phase >= WAIT)
     go_on(params, traces, s, moved & (s.left <= EPS), up, ended)
@@ -96,25 +97,35 @@ def step(params: Params, traces: Traces, s: State) -> tuple[list[Ended], Noted |
     return ended, _note(params, traces, s, go)
 
 
-def _settle(params: Params, traces: Traces, s: State) -> None:
+def _settle(params: Params, traces: Traces, s: State) -> cloud.Served:
     """Load follows from prices and prices from load: go on until neither changes, so that an event at which nothing
     happens changes nothing."""
-    for _ in range(SETTLING_ROUNDS):
-        cloud.load(params, s)
+    served = cloud.Served.of(params, s)
+    cloud.load(params, s, served)
+    for _ in range(SETTLING_ROUNDS - 1):
         if not s.dirty.any():
-            return
+            break
         refresh(params, traces, s)
+        if not served.follows_prices:
+            break
+        cloud.load(params, s, served)
+    cloud.publish(params, s)
+    return served
 
 
-def _until(params: Params, traces: Traces, s: State, rate: Floats, up: Bools) -> Floats:
+def _until(
+    params: Params, traces: Traces, s: State, rate: Floats, up: Bools, served: cloud.Served | None
+) -> Floats:  # fmt: skip
     """Seconds (e,) to the next event."""
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        decoding = (s.phase == DECODE) & (rate > 0)
-        units = np.where(decoding, np.minimum(s.left, s.epoch_tokens - s.tokens), s.left)
-        slot = np.where(rate > 0, units / rate, np.inf)
+    units = np.where(s.phase == DECODE, np.minimum(s.left, s.epoch_tokens - s.tokens), s.left)
+    slot = np.full(rate.shape, np.inf)
+    with np.errstate(over="ignore"):
+        np.divide(units, rate, out=slot, where=rate > 0)
     now = s.now[:, None]
-    slot = np.minimum(slot, np.where(s.phase != FREE, s.epoch_s - now[..., None], np.inf))
-    slot = np.minimum(slot, np.where((s.hold_s > 0) & up[:, :, None], s.hold_s, np.inf))
+    np.minimum(slot, s.epoch_s - now[..., None], out=slot, where=s.phase != FREE)
+    held = s.hold_s > 0
+    if held.any():
+        np.minimum(slot, s.hold_s, out=slot, where=held & up[:, :, None])
     device = np.minimum(slot.min(axis=2), s.next_s - now)
     room = (s.phase == FREE).any(axis=2) & (s.taken < traces.num_requests)
     device = np.minimum(device, np.where(room, s.ready_s - now, np.inf))
@@ -122,8 +133,8 @@ def _until(params: Params, traces: Traces, s: State, rate: Floats, up: Bools) ->
         watts = (s.unit[..., 1] * rate).sum(axis=2) + params.idle_w
         device = np.minimum(device, np.maximum(s.battery_j, 0) / np.maximum(watts, EPS))
     result = np.minimum(device.min(axis=1), s.cloud_next_s - s.now)
-    if params.is_shared:
-        result = np.minimum(result, cloud.until(params, s, rate))
+    if served is not None:
+        result = np.minimum(result, cloud.until(params, s, rate, served))
     soonest: Floats = np.maximum(result, 0.0)
     return soonest
 
@@ -136,7 +147,7 @@ def _flow(params: Params, traces: Traces, s: State, rate: Floats, up: Bools, dt:
     s.left -= done
     decoding = s.phase == DECODE
     s.tokens += np.where(decoding, done, 0.0)
-    arrives = decoding & (up[:, :, None] | ~physics.streams[s.plan])
+    arrives = decoding if up.all() else decoding & (up[:, :, None] | ~physics.streams[s.plan])
     np.copyto(s.delivered, s.tokens, where=arrives)
     held = s.hold_s > 0
     if held.any():
@@ -145,11 +156,12 @@ def _flow(params: Params, traces: Traces, s: State, rate: Floats, up: Bools, dt:
     idle_w = params.idle_w
     active_j = done * s.unit[..., 1]
     count = np.maximum(busy.sum(axis=2), 1)
-    s.spent += done[..., None] * s.unit[..., 1:4]
-    e, d, k = np.nonzero(busy)
-    plan, phase, seconds = s.plan[e, d, k], s.phase[e, d, k], dt[e]
-    s.spent[e, d, k, 0] += idle_w[d] * seconds / count[e, d]
-    s.spent[e, d, k, 1] += physics.others_idle_w[plan] * seconds
+    i = e, d, k = np.nonzero(busy)
+    plan, phase, seconds = s.plan[i], s.phase[i], dt[e]
+    spent = s.spent[i] + done[i][:, None] * s.unit[i][:, 1:4]
+    spent[:, 0] += idle_w[d] * seconds / count[e, d]
+    spent[:, 1] += physics.others_idle_w[plan] * seconds
+    s.spent[i] = spent
     mode = np.where(phase < PROMPT, 3, np.where(phase == MOVE, 4, physics.mode[plan]))
     s.mode_s[e, d, k, mode] += seconds
     joules = active_j.sum(axis=2) + idle_w * dt[:, None]
@@ -159,8 +171,9 @@ def _flow(params: Params, traces: Traces, s: State, rate: Floats, up: Bools, dt:
     if params.budgets.battery_w is not None:
         s.virtual = lyapunov.drained(s.virtual, params.budgets, joules, dt[:, None])
     s.now += dt
-    used = (busy & physics.uses_cloud[s.plan] & (s.phase >= PROMPT)).any(axis=2) & up
-    np.copyto(s.used_s, np.broadcast_to(s.now[:, None], used.shape), where=used)
+    if params.link.wake_s:
+        used = (busy & physics.uses_cloud[s.plan] & (s.phase >= PROMPT)).any(axis=2) & up
+        np.copyto(s.used_s, np.broadcast_to(s.now[:, None], used.shape), where=used)
     if s.ghost.any():
         _haunt(params, traces, s, up, by_slot)
 
