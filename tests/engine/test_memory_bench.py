@@ -7,7 +7,19 @@ from pathlib import Path
 import pytest
 
 from splitwise_llm.bench import memory
-from splitwise_llm.bench.memory import CASES, FORMS, LITTLE, MODEL, Stand, Taken, bare_bytes, compared, predicted
+from splitwise_llm.bench.memory import (
+    CASES,
+    FORMS,
+    LETTERS,
+    LITTLE,
+    LONG_CASES,
+    MODEL,
+    Stand,
+    Taken,
+    bare_bytes,
+    compared,
+    predicted,
+)
 from splitwise_llm.bench.random_models import TINY
 from splitwise_llm.cost import Job
 from splitwise_llm.errors import RequestError, WorkerFailed
@@ -66,3 +78,25 @@ def test_forms_that_there_are_not_are_refused_before_a_model_is_made() -> None:
         memory.run_memory(["int8", "fp4"], print)
     assert set(FORMS) == {"bf16", "int8", "int4"}
     assert MODEL["num_hidden_layers"] == 8
+
+
+# Dies when bench/memory.py says `= f"{letters}"` for `= hashlib.sha256(f"{form} {partition} {letters}"`.
+def test_what_is_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Weights, int]] = []
+
+    def run(_: Stand, partition: str, weights: Weights, letters: int = LETTERS) -> Taken:
+        asked.append((partition, weights, letters))
+        little = partition in LITTLE
+        said = (MB, MB) if little else (100 * MB, 200 * MB)
+        return Taken(said, (301_000_000, 301_000_000) if little else (405_000_000, 480_000_000), letters)
+
+    monkeypatch.setattr(Stand, "__init__", lambda *_: None)
+    monkeypatch.setattr(Stand, "run", run)
+    first = memory.run_memory(["int8"], lambda _: None, tmp_path)
+    assert len(asked) == len(set(asked)) == len(LITTLE) + len(CASES) + len(LONG_CASES)
+    assert memory.run_memory(["int8"], lambda _: None, tmp_path).figures == first.figures
+    assert len(asked) == len(set(asked))
+    assert first.figures["least_over_predicted"] == pytest.approx(0.9)
+    assert first.figures["most_over_predicted_long_prompt"] == pytest.approx(1.05)
+    memory.run_memory(["int4"], lambda _: None, tmp_path)
+    assert {weights for _, weights, _ in asked} == {Weights.INT8, Weights.INT4}

@@ -7,6 +7,7 @@ single unit, and subtracted.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -14,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from splitwise_llm import cost
 from splitwise_llm.bench.figures import Figures
+from splitwise_llm.bench.kept import Shelf
 from splitwise_llm.bench.overhead import WIDE_LLAMA, Tell
 from splitwise_llm.bench.processes import worker
 from splitwise_llm.bench.random_models import make_model
@@ -50,6 +52,7 @@ LITTLE = (
 )
 """As little as the device, and the worker, can be given."""
 NEW_TOKENS = 16
+ROOMS = ("cost", "engine", "model", "wire")
 LETTERS = 60
 """Of the prompt: 16 tokens, beside which weights and cache are all there is."""
 LONG_LETTERS, LONG_CASES = 1500, ("cloud", "u")
@@ -69,11 +72,13 @@ class Taken:
 
 
 class Stand:
-    """A model on disk, run in fresh processes."""
+    """A model on disk, run in fresh processes. One that is there already is not made again."""
 
     def __init__(self, place: Path, config: Mapping[str, Any] = MODEL) -> None:
-        self._model = make_model(place / "model", config)
-        shutil.copy(locate("bundled") / "tokenizer.json", self._model)
+        self._model = place / "model"
+        if not (self._model / "tokenizer.json").exists():  # which is written last
+            make_model(self._model, config)
+            shutil.copy(locate("bundled") / "tokenizer.json", self._model)
         self._spec, self._tokenizer = Checkpoint(self._model).architecture.spec, Tokenizer(self._model)
         self._text = Path(str(resources.files("splitwise_llm") / "data" / "excerpt.txt")).read_text(encoding="utf-8")
         self._answer = place / "answer.json"
@@ -116,9 +121,10 @@ def _complete(arguments: Sequence[str]) -> None:
         raise WorkerFailed(f"`splitwise {arguments[0]}` ended with {done.returncode}: {' / '.join(said)}")
 
 
-def run_memory(forms: Sequence[str], tell: Tell) -> Figures:
+def run_memory(forms: Sequence[str], tell: Tell, keep: Path | None = None) -> Figures:
     """Of each form, case and machine: `FORM_CASE_MACHINE_over_predicted`, the growth of the process over what is
     predicted, with a prompt of 16 tokens; `..._long_prompt` with one of 398. The least and the most of all of them.
+    What is kept in a folder, the model too (2 GB), is not made again.
 
     Raises RequestError, WorkerFailed.
     """
@@ -126,16 +132,22 @@ def run_memory(forms: Sequence[str], tell: Tell) -> Figures:
         raise RequestError(f"there is no form {min(unknown)!r}; the forms are {', '.join(FORMS)}")
     result = Figures("serving", {"part": "memory", "forms": list(forms), "model": MODEL, "new_tokens": NEW_TOKENS})
     ratios: dict[str, list[float]] = {"": [], "_long_prompt": []}
+    shelf = Shelf(keep, _fingerprint())
     with tempfile.TemporaryDirectory() as place:
         tell("making a random llama of 0.5 billion weights")
-        stand = Stand(Path(place))
+        stand = Stand(keep or Path(place))
+
+        def run(form: str, partition: str, letters: int = LETTERS) -> Taken:
+            name = hashlib.sha256(f"{form} {partition} {letters}".encode()).hexdigest()[:12]
+            return Taken(**shelf.or_made(name, lambda: asdict(stand.run(partition, FORMS[form], letters))))
+
         for form in forms:
-            bare = bare_bytes(*(stand.run(partition, FORMS[form]) for partition in LITTLE))
+            bare = bare_bytes(*(run(form, partition) for partition in LITTLE))
             for name, size in zip(NAMES, bare, strict=True):
                 result.add(f"{form}_{name}_bare_mb", size / 1e6, "the process itself")
             for kind, letters, cases in (("", LETTERS, tuple(CASES)), ("_long_prompt", LONG_LETTERS, LONG_CASES)):
                 for case in cases:
-                    taken = stand.run(CASES[case], FORMS[form], letters)
+                    taken = run(form, CASES[case], letters)
                     for name, ratio, note in compared(taken, bare):
                         result.add(f"{form}_{case}_{name}_over_predicted{kind}", ratio, note)
                         ratios[kind].append(ratio)
@@ -144,6 +156,14 @@ def run_memory(forms: Sequence[str], tell: Tell) -> Figures:
         result.add(f"least_over_predicted{kind}", min(each), f"of {len(each)}: at least 0.9")
         result.add(f"most_over_predicted{kind}", max(each), "at most 1.1; the limit was what is predicted")
     return result
+
+
+def _fingerprint() -> str:
+    """Of the source that memory depends on."""
+    root, digest = Path(str(resources.files("splitwise_llm"))), hashlib.sha256(repr(MODEL).encode())
+    for file in (*(one for room in ROOMS for one in sorted((root / room).rglob("*.py"))), Path(__file__)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def bare_bytes(device: Taken, cloud: Taken) -> tuple[float, float]:
@@ -158,9 +178,7 @@ def compared(taken: Taken, bare: Sequence[float]) -> Iterator[tuple[str, float, 
     for name, said, peak, before in zip(NAMES, taken.predicted, taken.peaks, bare, strict=True):
         if said:
             whole = peak / (said + before)
-            row = (peak - before - said) / taken.prompt_tokens / 1e3
-            note = f"{(peak - before) / 1e6:.0f} of {said / 1e6:.0f} MB, {row:+.0f} kB per row of the prompt; "
-            note += f"with the process itself {whole:.3f}"
+            note = f"{(peak - before) / 1e6:.0f} of {said / 1e6:.0f} MB; with the process itself {whole:.3f}"
             yield name, (peak - before) / said, note
 
 

@@ -104,6 +104,9 @@ def serving(
             "repeatable."
         ),
     ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Of --memory: folder for finished runs; what is there is not run again.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Eight sessions on one worker over one: tokens per second, evenness, memory, and what a ninth is told."""
@@ -111,7 +114,7 @@ def serving(
         from splitwise_llm.bench.memory import run_memory
 
         with whole(json_file) as part:
-            report(run_memory(memory, tell), part)
+            report(run_memory(memory, tell, keep), part)
         return
     from splitwise_llm.bench.serving import run_serving
 
