@@ -77,6 +77,16 @@ def test_a_tied_table_is_held_once_and_slices_are_forgotten_when_nobody_needs_th
     assert set(resident._held) == {("attention", 0, (0, 1)), ("ffn", 0, (0,)), ("embedding", 0, ()), ("table", 0, ())}
 
 
+# Dies when model/weights.py says `in need.units:` for `in sorted(need.units, key=lambda unit: unit[0] % 2 == 0):`.
+def test_what_is_largest_is_read_first(tiny: Callable[[str], Path]) -> None:
+    """The full precision of a slice lies beside what is held while it is quantised."""
+    resident = Resident(Checkpoint(tiny("llama")), Dtype.BF16, Weights.INT4, CPU)
+    units = tuple((half, (0,)) for half in range(4))
+    resident.load(Need(units, embed=True, head=True))
+    kinds = [kind for kind, *_ in resident._held]
+    assert kinds == ["embedding", "head", "ffn", "ffn", "attention", "attention"]
+
+
 def test_the_fingerprint_tells_fine_tunes_apart(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     source = tiny("llama")
     for name in ("config.json", "model.safetensors"):

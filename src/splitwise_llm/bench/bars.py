@@ -24,6 +24,7 @@ TOOLED = OURS + WITH_TOOLS
 REPLANNED = "edgeshard-replanned"
 CLEAR = 0.01
 """Drift's regret that is worth recovering, when its lower limit is above."""
+LIVE = "a live figure: `runs/live_bars.sh`, docs/results.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +300,7 @@ def _accuracy(evidence: Evidence) -> Iterator[Bar]:
         yield _not_run(figure, "private-wan.orin-7b, lossy wires", bar, f"`{made}`")
     else:
         yield Bar(figure, "private-wan.orin-7b, lossy wires", bar, found, found.high <= 0)
-    yield _not_run(figure, "live against the table", "within 10 %", "a live figure: `splitwise profile --accuracy`")
+    yield _not_run(figure, "live against the table", "within 10 %", LIVE)
 
 
 def _of_stability(evidence: Evidence, name: str) -> Estimate | None:
@@ -323,7 +324,7 @@ def _stability(evidence: Evidence) -> Iterator[Bar]:
 def _memory(evidence: Evidence) -> Iterator[Bar]:
     yield _not_run(
         "memory", "live", "measured peak within 10 % of predicted, never above the limit",
-        "a live figure: `splitwise bench serving`",
+        LIVE,
     )  # fmt: skip
 
 

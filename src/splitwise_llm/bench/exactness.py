@@ -7,10 +7,12 @@ import tempfile
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from splitwise_llm.bench.accuracy_live import told
 from splitwise_llm.bench.figures import Figures
 from splitwise_llm.bench.in_process import in_process
 from splitwise_llm.bench.overhead import NO_WORDS, Tell
@@ -131,22 +133,10 @@ async def nats_per_token(
 ) -> float:
     """Mean negative log-likelihood of the tokens of `windows` after their first PROMPT_TOKENS, decoded one by one
     as in a real session whose middle half runs on another machine."""
-    total, count = 0.0, 0
     async with in_process(directory, ("cloud",), dtype, weights) as edge:
         spec = edge.machine.spec
         decision = Decision(Partition.u_shape(spec, spec.num_layers // 4, spec.num_layers // 4), wire)
-        for window in windows:
-
-            def follow(logits: Tensor, position: int, window: Sequence[int] = window) -> int:
-                nonlocal total
-                total -= float(logits.log_softmax(-1)[window[position]])
-                return window[position]
-
-            prompt, answers = window[:PROMPT_TOKENS], len(window) - PROMPT_TOKENS
-            noise = ElementLoss(loss, seed=1)
-            async with edge.generate(
-                prompt, decision, max_new_tokens=answers, stop_ids=(), loss=noise, choose=follow
-            ) as generation:
-                async for _ in generation:
-                    count += 1
-    return total / count
+        noise = ElementLoss(loss, seed=1)
+        return fmean([
+            nats for window in windows for nats in await told(edge, decision, window, PROMPT_TOKENS, noise)
+        ])  # fmt: skip

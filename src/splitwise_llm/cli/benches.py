@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from splitwise_llm.cli.options import JsonFile, KernelsOption, Rounds, Threads, Tokens, bench, report, run, tell
+from splitwise_llm.cli.output import whole
 from splitwise_llm.errors import RequestError
 from splitwise_llm.spec import Kernels
 
@@ -17,9 +18,22 @@ def exactness(
     partitions: Annotated[int, typer.Option(min=1, help="Random partitions per model.")] = 24,
     tokens: Tokens = 64,
     text: Annotated[Path | None, typer.Option(help="Held-out text; default: the bundled excerpt.")] = None,
+    live: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Instead: nats through a worker process beside the shipped table, of weights, wires or plans; "
+            "repeatable."
+        ),
+    ] = None,
+    live_tokens: Annotated[int, typer.Option(min=16, help="Of --live, at most so many positions.")] = 4800,
     json_file: JsonFile = None,
 ) -> None:
     """Logits and tokens of any partition against Hugging Face, and the nats that lossy choices cost."""
+    if live:
+        from splitwise_llm.bench.accuracy_live import run_live
+
+        report(run(lambda: run_live(live, text, live_tokens, tell), json_file), json_file)
+        return
     from splitwise_llm.bench.exactness import run_exactness
 
     report(run(lambda: run_exactness(partitions, tokens, text, tell), json_file), json_file)
@@ -80,8 +94,28 @@ def bench_pipeline(
 
 
 @bench.command()
-def serving(rounds: Rounds = 5, tokens: Tokens = 32, json_file: JsonFile = None) -> None:
+def serving(
+    rounds: Rounds = 5,
+    tokens: Tokens = 32,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Instead: peak memory of device and worker beside what is predicted, weights in bf16, int8 or int4; "
+            "repeatable."
+        ),
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Of --memory: folder for finished runs; what is there is not run again.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
     """Eight sessions on one worker over one: tokens per second, evenness, memory, and what a ninth is told."""
+    if memory:
+        from splitwise_llm.bench.memory import run_memory
+
+        with whole(json_file) as part:
+            report(run_memory(memory, tell, keep), part)
+        return
     from splitwise_llm.bench.serving import run_serving
 
     report(run(lambda: run_serving(rounds, tokens, tell), json_file), json_file)

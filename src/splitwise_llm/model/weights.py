@@ -105,13 +105,14 @@ class Resident:
         self._held: dict[_Key, Loaded] = {}
 
     def load(self, need: Need) -> None:
-        """Read what is needed and not yet held, the token tables first: they are the largest, and a copy in
-        flight costs least while little else is held. Raises ModelError."""
+        """Read what is needed and not yet held, the token tables first, then FFN halves: they are the largest, and a
+        copy in flight (of low-bit weights in full precision) costs least while little else is held. Raises
+        ModelError."""
         if need.embed:
             self.embedding()
         if need.head:
             self.head()
-        for half, units in need.units:
+        for half, units in sorted(need.units, key=lambda unit: unit[0] % 2 == 0):
             _ = self.ffn(half // 2, units) if half % 2 else self.attention(half // 2, units)
 
     def keep_only(self, needs: Iterable[Need]) -> None:
