@@ -99,7 +99,7 @@ class Resident:
     ) -> None:  # fmt: skip
         """Raises RequestError for kernels that are not installed or do not serve this device and these weights."""
         self.checkpoint, self.dtype, self.weights, self.device = checkpoint, dtype, weights, device
-        self.kernels = settled(kernels, weights, device)
+        self.kernels = settled(kernels, weights, dtype, device)
         self.architecture = checkpoint.architecture
         self._torch_dtype = TORCH_DTYPE[dtype]
         self._held: dict[_Key, Loaded] = {}
