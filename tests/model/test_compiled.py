@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_linear import BF16_ROUNDING, DTYPES, error, gaussian, packing, product_error
@@ -17,8 +18,9 @@ from test_linear import BF16_ROUNDING, DTYPES, error, gaussian, packing, product
 from splitwise_llm.bench.in_process import in_process
 from splitwise_llm.errors import BrokenInvariant, RequestError
 from splitwise_llm.model import compiled
-from splitwise_llm.model.checkpoint import locate
+from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.linear import Full, Int4, Int8, linear_of, table_of
+from splitwise_llm.model.weights import Resident
 from splitwise_llm.spec import Dtype, Kernels, Weights
 
 CPU = torch.device("cpu")
@@ -131,6 +133,51 @@ def test_a_part_of_the_outputs_has_the_bits_of_the_whole(dtype: torch.dtype) -> 
             linear_of(some, Weights.FULL, dtype, Kernels.COMPILED) for some in (weight, weight[:100], weight[100:])
         )
     assert torch.equal(torch.cat([part(x) for part in parts], 1), whole(x))
+
+
+@served
+@given(st.integers(1, 40), st.sampled_from(FULL_DTYPES), st.sampled_from([16, 48, 2048]), st.floats(-20, 20))
+def test_an_rms_norm_and_a_gate_round_once_and_row_by_row(
+    rows: int, dtype: torch.dtype, width: int, exponent: float
+) -> None:
+    own = compiled.kernels()
+    x, weight = gaussian(rows, 2 * width + 1, seed=1).to(dtype)[:, 1:], gaussian(2 * width)
+    x[0] *= 2.0**exponent
+    normed, gated = own.rms_norm(x, weight, 2e-4), own.gated(x)
+    wide = x.double()
+    gate, up = wide.chunk(2, 1)
+    for y, want in (
+        (normed, wide / (wide.square().sum(1, keepdim=True) + 2e-4).sqrt() * weight.double()),
+        (gated, F.silu(gate) * up),
+    ):
+        assert y.dtype is dtype
+        rounding = 2e-6 if dtype is torch.float32 else 2**-8
+        torch.testing.assert_close(y.double(), want, rtol=rounding * 1.01, atol=1e-25)
+    assert torch.equal(torch.cat([own.rms_norm(row, weight, 2e-4) for row in x.split(1)]), normed)
+    assert torch.equal(torch.cat([own.gated(row) for row in x.split(1)]), gated)
+
+
+@served
+def test_a_gate_that_is_far_off_or_no_number_says_so() -> None:
+    gate = torch.tensor([-1e30, -200.0, -104.0, 200.0, 1e30, torch.inf, torch.nan, 0.0]).repeat(2)
+    y = compiled.kernels().gated(torch.cat([gate, torch.ones(16)]).unsqueeze(0))[0, :8]
+    torch.testing.assert_close(y, F.silu(gate[:8]), rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@served
+@pytest.mark.parametrize(
+    ("form", "dtype", "is_there"),
+    [
+        (Weights.FULL, Dtype.FP32, True),
+        (Weights.INT4, Dtype.BF16, True),
+        (Weights.INT4, Dtype.FP16, False),
+        (Weights.INT8, Dtype.FP32, False),
+    ],
+)
+def test_between_products_of_int8_nothing_differs_from_torchs(form: Weights, dtype: Dtype, is_there: bool) -> None:
+    checkpoint = Checkpoint(locate("bundled"))
+    assert (Resident(checkpoint, dtype, form, CPU, Kernels.COMPILED).between is not None) is is_there
+    assert Resident(checkpoint, dtype, form, CPU).between is None
 
 
 @served

@@ -1,8 +1,8 @@
-"""Products of weights with a few rows by small kernels of our own (`products.c`), for a machine that asks.
+"""Products of weights with a few rows, and some of what stands between them, by small kernels of our own.
 
-The C compiler of this machine makes it, once; it is kept in the user's cache under the hash of what it was made of.
-Without a compiler, or on a processor without AVX-512 VNNI and VBMI, there is none, and torch's products serve. Weights
-are read where torch and oneDNN have packed them, so nothing is held twice. Knows no models.
+For a machine that asks: its C compiler makes them of `products.c`, once; they are kept in the user's cache under the
+hash of what they were made of. Without a compiler, or on a processor without AVX-512 VNNI and VBMI, there are none, and
+torch's serve. Weights are read where torch and oneDNN have packed them, so nothing is held twice. Knows no models.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ OWN_INT8_ROWS = 16
 """More are multiplied by oneDNN, with the same bits."""
 OWN_FULL_ROWS = 16
 """More are multiplied by oneDNN. A few of `products.c`'s have one's bits each, which those of oneDNN have not."""
+BETWEEN_STEP = 16
+"""Numbers of a row that are computed together."""
 COMPILE_S = 120.0
 CALL = "--kernels compiled"
 LEAVE_OUT = "or leave --kernels out"
@@ -132,6 +134,22 @@ class Library:
         self._spread(product, given, len(weight.blocks), weight.nbytes)
         return y
 
+    # Between products, in fp32 or bf16: widths are multiples of BETWEEN_STEP
+
+    def rms_norm(self, x: Tensor, weight: Tensor, least: float) -> Tensor:
+        """x / sqrt(the sum of its squares + least) * weight, row by row: x (rows, width), weight (width,) in fp32."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        self._library.rms_norm(_at(x), _at(weight), _at(y), *x.shape, least, x.dtype is torch.bfloat16)
+        return y
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up, (rows, width), for x (rows, gate and up)."""
+        x = x.contiguous()
+        y = torch.empty(len(x), x.shape[1] // 2, dtype=x.dtype)
+        self._library.gated(_at(x), _at(y), *y.shape, x.dtype is torch.bfloat16)
+        return y
+
     def _product(self, product: Callable[..., None], read: tuple[Tensor, ...], x: Rows, outputs: int) -> Tensor:
         rows, columns = x.halves.shape[1:]
         y = torch.empty(rows, outputs)
@@ -199,7 +217,10 @@ def kernels() -> Library:
         full.append(library.bf16_pairs_product)
     for product in full:
         product.argtypes = [*[pointer] * 3, *[count] * 5]
-    for function in (library.halves_of, library.int8_sums, library.int8_product, library.int4_product, *full):
+    library.rms_norm.argtypes = [*[pointer] * 3, count, count, ctypes.c_float, ctypes.c_int]
+    library.gated.argtypes = [pointer, pointer, count, count, ctypes.c_int]
+    low_bit = [library.halves_of, library.int8_sums, library.int8_product, library.int4_product]
+    for function in (*low_bit, *full, library.rms_norm, library.gated):
         function.restype = None
     return Library(library)
 

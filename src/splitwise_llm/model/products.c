@@ -1,4 +1,5 @@
-/* Products of weights with a few rows, for processors with AVX-512 VNNI and VBMI; see compiled.py.
+/* Products of weights with a few rows, and some of what stands between them, for processors with AVX-512 VNNI and VBMI;
+ * see compiled.py.
  *
  * For low-bit weights a row of activations becomes 16 bits a number, in two bytes, each a half of the number, plus 128
  * where it must not be negative. Products of bytes are summed exactly, and all that is rounded is rounded row by row: a
@@ -344,6 +345,69 @@ int can_multiply_pairs(void)
 }
 
 #endif
+
+/* Between products: rows of fp32 or bf16, in multiples of 16 numbers, computed in fp32 and rounded once. */
+
+INLINE __m512 sixteen_at(const char *row, long at, int is_bf16)
+{
+    if (!is_bf16)
+        return _mm512_loadu_ps(row + at * 4);
+    __m256i half = _mm256_loadu_si256((const void *)(row + at * 2));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE void put_sixteen(char *row, long at, __m512 wide, int is_bf16)
+{
+    if (!is_bf16)
+        _mm512_storeu_ps(row + at * 4, wide);
+    else
+        _mm512_mask_cvtepi32_storeu_epi16(row + at * 2, 0xffff, rounded_to_bf16(wide));
+}
+
+/* e to the power of x, to 2 units in the last place; nothing below -104, and as of 88 above it. */
+INLINE __m512 power_of_e(__m512 x)
+{
+    x = _mm512_max_ps(_mm512_set1_ps(-104), _mm512_min_ps(_mm512_set1_ps(88), x)); /* a NaN is the second, and stays */
+    __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    x = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693145752f), x); /* the logarithm of 2, in two parts */
+    x = _mm512_fnmadd_ps(twos, _mm512_set1_ps(1.42860677e-6f), x);
+    __m512 power = _mm512_set1_ps(1 / 720.0f);
+    const float factors[] = {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1, 1};
+    for (int next = 0; next < 6; next++)
+        power = _mm512_fmadd_ps(power, x, _mm512_set1_ps(factors[next]));
+    return _mm512_scalef_ps(power, twos);
+}
+
+/* y = x / sqrt(sum of x squared + least) * weight, of each row; weight in fp32. */
+FAST void rms_norm(const char *x, const float *weight, char *y, long rows, long columns, float least, int is_bf16)
+{
+    const long stride = columns * (is_bf16 ? 2 : 4);
+    for (long row = 0; row < rows; row++, x += stride, y += stride) {
+        __m512 squares = _mm512_setzero_ps();
+        for (long at = 0; at < columns; at += 16) {
+            __m512 some = sixteen_at(x, at, is_bf16);
+            squares = _mm512_fmadd_ps(some, some, squares);
+        }
+        const __m512 length = _mm512_sqrt_ps(_mm512_set1_ps(_mm512_reduce_add_ps(squares) + least));
+        for (long at = 0; at < columns; at += 16) {
+            __m512 some = _mm512_div_ps(sixteen_at(x, at, is_bf16), length);
+            put_sixteen(y, at, _mm512_mul_ps(some, _mm512_loadu_ps(weight + at)), is_bf16);
+        }
+    }
+}
+
+/* y (rows, columns) = silu(gate) * up, for x (rows, gate and up). */
+FAST void gated(const char *x, char *y, long rows, long columns, int is_bf16)
+{
+    const long stride = columns * (is_bf16 ? 2 : 4);
+    for (long row = 0; row < rows; row++, x += 2 * stride, y += stride)
+        for (long at = 0; at < columns; at += 16) {
+            __m512 gate = sixteen_at(x, at, is_bf16), up = sixteen_at(x, columns + at, is_bf16);
+            __m512 power = power_of_e(_mm512_sub_ps(_mm512_setzero_ps(), gate));
+            gate = _mm512_div_ps(gate, _mm512_add_ps(_mm512_set1_ps(1), power));
+            put_sixteen(y, at, _mm512_mul_ps(gate, up), is_bf16);
+        }
+}
 
 #else
 
