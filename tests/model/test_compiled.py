@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_linear import BF16_ROUNDING, DTYPES, error, gaussian, packing, product_error
@@ -17,13 +18,16 @@ from test_linear import BF16_ROUNDING, DTYPES, error, gaussian, packing, product
 from splitwise_llm.bench.in_process import in_process
 from splitwise_llm.errors import BrokenInvariant, RequestError
 from splitwise_llm.model import compiled
-from splitwise_llm.model.checkpoint import locate
-from splitwise_llm.model.linear import Int4, Int8, linear_of, table_of
-from splitwise_llm.spec import Kernels, Weights
+from splitwise_llm.model.checkpoint import Checkpoint, locate
+from splitwise_llm.model.linear import Full, Int4, Int8, linear_of, table_of
+from splitwise_llm.model.weights import Resident
+from splitwise_llm.spec import Dtype, Kernels, Weights
 
 CPU = torch.device("cpu")
 OUT = st.sampled_from([1, 63, 64, 65, 200, 257])
 IN = st.sampled_from([16, 33, 64, 136, 768])
+FULL_IN = st.sampled_from([1, 33, 64, 136, 768, 1047])
+FULL_DTYPES = [torch.float32, torch.bfloat16]
 
 
 def lacking() -> str:
@@ -91,7 +95,108 @@ def test_an_int4_row_is_exact_and_has_the_same_bits_whatever_rows_come_with_it(
 
 
 @served
-@pytest.mark.parametrize("form", [Weights.INT8, Weights.INT4])
+@given(st.integers(1, 17), st.sampled_from(FULL_DTYPES), OUT, FULL_IN, st.booleans())
+@settings(max_examples=150)
+def test_a_full_row_has_the_same_bits_whatever_rows_come_with_it(
+    rows: int, dtype: torch.dtype, outputs: int, inputs: int, in_pairs: bool
+) -> None:
+    weight = gaussian(outputs, inputs).to(dtype)
+    with packing(), pytest.MonkeyPatch.context() as patch:
+        layer = linear_of(weight, Weights.FULL, dtype, Kernels.COMPILED)
+        assert isinstance(layer, Full)
+        if layer._packed is None:
+            assert (dtype, outputs) == (torch.float32, 1), "which oneDNN leaves plain"
+            return
+        assert layer._own is not None
+        if not in_pairs:  # as on a processor without products of pairs
+            patch.setattr(layer._own, "bf16_product", layer._own._library.bf16_product)
+        apart = gaussian(rows, inputs + 3, seed=1).to(dtype)
+        x = apart[:, 3:]  # no row begins where memory likes it
+        together = layer(x)
+        assert together.dtype is dtype
+        assert together.shape == (rows, outputs)
+        want = x.double() @ weight.double().t()
+        room = 1e-6 * x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1)
+        if dtype is torch.bfloat16:
+            room += want.abs() * 2**-8  # nothing is rounded but the sum
+        assert ((together.double() - want).abs() <= room).all()
+        few = x[: compiled.OWN_FULL_ROWS]
+        assert torch.equal(layer(few), torch.cat([layer(row) for row in few.split(1)]))
+
+
+@served
+@pytest.mark.parametrize("dtype", FULL_DTYPES)
+def test_a_part_of_the_outputs_has_the_bits_of_the_whole(dtype: torch.dtype) -> None:
+    weight, x = gaussian(257, 768).to(dtype), gaussian(5, 768, seed=1).to(dtype)
+    with packing():
+        whole, *parts = (
+            linear_of(some, Weights.FULL, dtype, Kernels.COMPILED) for some in (weight, weight[:100], weight[100:])
+        )
+    assert torch.equal(torch.cat([part(x) for part in parts], 1), whole(x))
+
+
+@served
+@given(st.integers(1, 40), st.sampled_from(FULL_DTYPES), st.sampled_from([16, 48, 2048]), st.floats(-20, 20))
+def test_an_rms_norm_and_a_gate_round_once_and_row_by_row(
+    rows: int, dtype: torch.dtype, width: int, exponent: float
+) -> None:
+    own = compiled.kernels()
+    x, weight = gaussian(rows, 2 * width + 1, seed=1).to(dtype)[:, 1:], gaussian(2 * width)
+    x[0] *= 2.0**exponent
+    normed, gated = own.rms_norm(x, weight, 2e-4), own.gated(x)
+    wide = x.double()
+    gate, up = wide.chunk(2, 1)
+    for y, want in (
+        (normed, wide / (wide.square().sum(1, keepdim=True) + 2e-4).sqrt() * weight.double()),
+        (gated, F.silu(gate) * up),
+    ):
+        assert y.dtype is dtype
+        rounding = 2e-6 if dtype is torch.float32 else 2**-8
+        torch.testing.assert_close(y.double(), want, rtol=rounding * 1.01, atol=1e-25)
+    assert torch.equal(torch.cat([own.rms_norm(row, weight, 2e-4) for row in x.split(1)]), normed)
+    assert torch.equal(torch.cat([own.gated(row) for row in x.split(1)]), gated)
+
+
+@served
+def test_a_gate_that_is_far_off_or_no_number_says_so() -> None:
+    gate = torch.tensor([-1e30, -200.0, -104.0, 200.0, 1e30, torch.inf, torch.nan, 0.0]).repeat(2)
+    y = compiled.kernels().gated(torch.cat([gate, torch.ones(16)]).unsqueeze(0))[0, :8]
+    torch.testing.assert_close(y, F.silu(gate[:8]), rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@served
+@pytest.mark.parametrize(
+    ("form", "dtype", "is_there"),
+    [
+        (Weights.FULL, Dtype.FP32, True),
+        (Weights.INT4, Dtype.BF16, True),
+        (Weights.INT4, Dtype.FP16, False),
+        (Weights.INT8, Dtype.FP32, False),
+    ],
+)
+def test_between_products_of_int8_nothing_differs_from_torchs(form: Weights, dtype: Dtype, is_there: bool) -> None:
+    checkpoint = Checkpoint(locate("bundled"))
+    assert (Resident(checkpoint, dtype, form, CPU, Kernels.COMPILED).between is not None) is is_there
+    assert Resident(checkpoint, dtype, form, CPU).between is None
+
+
+@served
+def test_sums_in_bf16_are_rounded_to_the_nearest_and_ties_to_even() -> None:
+    given = torch.tensor([0.0, -0.0, 1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -3.39e38, 3.4e38, 2.0**-120])
+    lines = given.repeat(64 // len(given) + 1)[:64]
+    parts = [lines.bfloat16()]
+    for _ in range(2):
+        parts.append((lines - sum(part.float() for part in parts)).bfloat16())
+    weight = torch.stack(parts, 1)  # of three columns that sum to the fp32 number
+    weight = torch.where(weight.isfinite(), weight, torch.zeros(()).bfloat16())
+    want = weight.float().sum(1).bfloat16()
+    with packing():
+        layer = linear_of(weight, Weights.FULL, torch.bfloat16, Kernels.COMPILED)
+    assert torch.equal(layer(torch.ones(1, 3, dtype=torch.bfloat16))[0], want)
+
+
+@served
+@pytest.mark.parametrize("form", [Weights.FULL, Weights.INT8, Weights.INT4])
 def test_threads_change_no_bit(form: Weights) -> None:
     layer, x = linear_of(gaussian(2048, 1056), form, torch.float32, Kernels.COMPILED), gaussian(3, 1056, seed=1)
     alone, before = layer(x), torch.get_num_threads()
@@ -104,7 +209,7 @@ def test_threads_change_no_bit(form: Weights) -> None:
 
 
 @served
-@pytest.mark.parametrize("form", [Weights.INT8, Weights.INT4])
+@pytest.mark.parametrize("form", Weights)
 def test_what_is_no_number_stays_in_its_row(form: Weights) -> None:
     with packing():
         layer = linear_of(gaussian(100, 96), form, torch.float32, Kernels.COMPILED)
@@ -132,7 +237,7 @@ def test_a_table_projects_the_same_logits() -> None:
 
 @served
 def test_an_input_of_another_width_is_an_error() -> None:
-    for form in (Weights.INT8, Weights.INT4):
+    for form in Weights:
         with packing():
             layer = linear_of(gaussian(64, 64), form, torch.float32, Kernels.COMPILED)
         for columns in (32, 96):
@@ -141,7 +246,7 @@ def test_an_input_of_another_width_is_an_error() -> None:
 
 
 @served
-@pytest.mark.parametrize("form", [Weights.INT8, Weights.INT4])
+@pytest.mark.parametrize("form", [Weights.FULL, Weights.INT8, Weights.INT4])
 def test_a_split_model_says_the_same_as_one_machine(form: Weights) -> None:
     async def say(partition: str) -> list[int]:
         async with (
@@ -154,21 +259,25 @@ def test_a_split_model_says_the_same_as_one_machine(form: Weights) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "device", "said"),
-    [(Weights.FULL, "cpu", "add --weights"), (Weights.INT8, "cuda", "on the processor")],
+    ("weights", "dtype", "device", "said"),
+    [
+        (Weights.FULL, Dtype.FP16, "cpu", "add --dtype bf16"),
+        (Weights.FULL, Dtype.FP32, "cuda", "on the processor"),
+        (Weights.INT8, Dtype.FP16, "cuda", "on the processor"),
+    ],
 )
-def test_what_they_do_not_serve_is_refused(weights: Weights, device: str, said: str) -> None:
+def test_what_they_do_not_serve_is_refused(weights: Weights, dtype: Dtype, device: str, said: str) -> None:
     with pytest.raises(RequestError, match=said):
-        compiled.settled(Kernels.COMPILED, weights, torch.device(device))
-    assert compiled.settled(Kernels.AUTO, weights, torch.device(device)) is Kernels.TORCH
+        compiled.settled(Kernels.COMPILED, weights, dtype, torch.device(device))
+    assert compiled.settled(Kernels.AUTO, weights, dtype, torch.device(device)) is Kernels.TORCH
 
 
 def test_without_a_compiler_it_says_what_to_install(unmade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(unmade))
     with pytest.raises(RequestError, match="install one"):
-        compiled.settled(Kernels.COMPILED, Weights.INT4, CPU)
-    assert compiled.settled(Kernels.AUTO, Weights.INT4, CPU) is Kernels.TORCH
+        compiled.settled(Kernels.COMPILED, Weights.INT4, Dtype.BF16, CPU)
+    assert compiled.settled(Kernels.AUTO, Weights.INT4, Dtype.BF16, CPU) is Kernels.TORCH
 
 
 @pytest.mark.parametrize(("compiler", "said"), [("false", "failed"), ("no-such-compiler", "cannot be made")])
@@ -177,7 +286,7 @@ def test_a_compiler_that_fails_is_named(
 ) -> None:
     monkeypatch.setenv("CC", compiler)
     with pytest.raises(RequestError, match=said):
-        compiled.settled(Kernels.COMPILED, Weights.INT4, CPU)
+        compiled.settled(Kernels.COMPILED, Weights.INT4, Dtype.BF16, CPU)
     assert not list(unmade.rglob("*.so"))
 
 
@@ -199,5 +308,6 @@ def test_they_are_made_once(unmade: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @served
 def test_they_are_taken_where_there_are_such() -> None:
-    assert compiled.settled(Kernels.AUTO, Weights.INT4, CPU) is Kernels.COMPILED
-    assert compiled.settled(Kernels.TORCH, Weights.INT4, CPU) is Kernels.TORCH
+    for dtype, weights in ((Dtype.FP32, Weights.FULL), (Dtype.BF16, Weights.FULL), (Dtype.FP16, Weights.INT4)):
+        assert compiled.settled(Kernels.AUTO, weights, dtype, CPU) is Kernels.COMPILED
+    assert compiled.settled(Kernels.TORCH, Weights.INT4, Dtype.BF16, CPU) is Kernels.TORCH

@@ -31,6 +31,8 @@ FORMS = {
     "bf16": (Dtype.BF16, Weights.FULL, Kernels.TORCH),
     "int8": (Dtype.BF16, Weights.INT8, Kernels.TORCH),
     "int4": (Dtype.BF16, Weights.INT4, Kernels.TORCH),
+    "fp32_compiled": (Dtype.FP32, Weights.FULL, Kernels.COMPILED),
+    "bf16_compiled": (Dtype.BF16, Weights.FULL, Kernels.COMPILED),
     "int8_compiled": (Dtype.BF16, Weights.INT8, Kernels.COMPILED),
     "int4_compiled": (Dtype.BF16, Weights.INT4, Kernels.COMPILED),
 }
@@ -77,8 +79,8 @@ def hugging_face_tpot_s(model: Any, tokens: int) -> float:
 async def run_overhead(rounds: int, tokens: int, tell: Tell) -> Figures:
     """`split_over_unsplit`, `unsplit_over_hf` and `gpt2_unsplit_over_hf`; `int8_over_bf16` and `int4_over_bf16`
     (ms/token), `bandwidth_share_FORM`, and `bandwidth_share`, the smaller of bf16's and int8's by the kernels that a
-    command takes of itself. FORM_compiled is by our own kernels, FORM_compiled_over_torch in ms/token. One thread per
-    process.
+    command takes of itself. FORM_compiled is by our own kernels, FORM_compiled_over_torch in ms/token; all are over
+    bf16 by torch's. One thread per process.
     """
     result = Figures("overhead", {"rounds": rounds, "tokens": tokens, "threads_per_process": 1})
     torch.set_num_threads(1)
@@ -118,8 +120,8 @@ async def _forms(result: Figures, place: Path, rounds: int, tokens: int, tell: T
         result.add_median(f"{form}_over_bf16", ratios(times[form], times["bf16"]))
     for form in [form for form in read_bytes if form.endswith(COMPILED)]:
         result.add_median(f"{form}_over_torch", ratios(times[form], times[form.removesuffix(COMPILED)]))
-    int8 = "int8_compiled" if "int8_compiled" in read_bytes else "int8"  # what a command takes of itself
-    smaller = min(("bandwidth_share_bf16", f"bandwidth_share_{int8}"), key=lambda name: result.figures[name])
+    taken = (form + COMPILED * (form + COMPILED in read_bytes) for form in ("bf16", "int8"))
+    smaller = min((f"bandwidth_share_{form}" for form in taken), key=lambda name: result.figures[name])
     result.add("bandwidth_share", result.figures[smaller], smaller)
     result.add_median("plain_read_gb_per_s", [READ_BYTES / 1e9 / value for value in times["read"]])
 

@@ -128,7 +128,7 @@ class PeersOptions:
     folder: Path | None = None
     """Where models are made; a temporary folder otherwise."""
     kernels: Kernels = Kernels.AUTO
-    """Ours for low-bit weights."""
+    """Ours for few rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +141,9 @@ class _Setup:
     tell: Tell
 
     def edge(self, workers: Mapping[str, str], form: Format) -> Edge:
-        kernels = Kernels.TORCH if form.weights is Weights.FULL else self.options.kernels
         return edge_with(
             str(self.model), workers, dtype=form.dtype, weights=form.weights, threads=self.options.threads,
-            kernels=kernels,
+            kernels=self.options.kernels,
         )  # fmt: skip
 
     def prompt(self, tokens: int) -> list[int]:

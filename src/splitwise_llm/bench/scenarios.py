@@ -68,6 +68,8 @@ FEW = (
 )  # fmt: skip
 """What is quick, or `few`: those that claims and bars are about."""
 CROWD = 10
+QUICK_CROWD = 12
+"""Requests of each device."""
 CROWDED = ("cloud-only", "edge-only", "router", "drift-selfish", "drift", *LEARNED, "cloud-only+tools", "drift+tools")
 FEW_CROWDED = ("drift-selfish", "drift", *LEARNED[:2])
 ABLATED = tuple(one.name + WITH_TOOLS for one in VARIANTS)
@@ -147,12 +149,14 @@ class Grid:
         return scenario.cases[: 1 if one else 2]
 
     def size_of(self, scenario: Scenario) -> Size:
-        """Worlds of many devices are fewer, and shorter for each device."""
+        """Worlds of many devices are fewer. One has to last: a crowd's queues take minutes to fill, and after 12
+        requests each whoever is selfish still looks best (docs/log.md)."""
         if scenario.num_devices == 1:
             return self.size
-        devices = scenario.num_devices
-        share = max(12, math.ceil(self.size.traces * self.size.requests / devices / 4))
-        return Size(2 if self.quick else 4, share, max(6, share // 3))
+        least = QUICK_CROWD if self.quick else self.size.requests
+        share = max(least, math.ceil(self.size.traces * self.size.requests / scenario.num_devices / 4))
+        is_short = self.quick or (self.few and scenario.num_devices > CROWD)
+        return Size(2 if is_short else 4, share, max(6, share // 3))
 
 
 @dataclass(slots=True)

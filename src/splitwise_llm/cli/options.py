@@ -44,7 +44,7 @@ Threads = Annotated[int, typer.Option(min=1, max=256, help="Compute threads of t
 DtypeOption = Annotated[Dtype, typer.Option(help="What to compute in.")]
 WeightsOption = Annotated[Weights, typer.Option(help="How weights stay in memory.")]
 KernelsOption = Annotated[
-    Kernels, typer.Option(help="Products of int8 and int4 weights; compiled: faster, by a C compiler, on AVX-512.")
+    Kernels, typer.Option(help="Products with few rows; compiled: faster, made by a C compiler, on AVX-512.")
 ]
 Memory = Annotated[str, typer.Option(help="Memory for weights and cache, as in 2GB; default: what is free.")]
 Emulate = Annotated[str, typer.Option(help="Stretch compute: a factor (2.5) or a device file (JSON).")]

@@ -243,7 +243,7 @@ class Edge:
             checkpoint, weights = Checkpoint(locate(draft.by)), draft.weights
         drafter = ModelDrafter(
             checkpoint, machine.checkpoint, capacity, request.sampling, machine.dtype, weights, layers,
-            machine.kernels if weights is not Weights.FULL else Kernels.TORCH,
+            Kernels.TORCH if machine.kernels is Kernels.TORCH else Kernels.AUTO,
         )  # fmt: skip
         compute = self._on_its_thread(drafter, weights)
         return Drafting(drafter, machine.spec.vocab_size, pace, draft.most, compute, drafter.spec, weights)

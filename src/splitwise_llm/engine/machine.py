@@ -60,7 +60,7 @@ class Machine:
     """One process's part of the system. `close` it, or use it as a context manager.
 
     `profile` is what this machine was measured to do, `emulate` a factor by which it is slower than that, or the
-    device whose time it takes instead. `kernels` multiply low-bit weights; raises RequestError for those it lacks.
+    device whose time it takes instead. `kernels` multiply weights by few rows; raises RequestError for those it lacks.
     """
 
     def __init__(

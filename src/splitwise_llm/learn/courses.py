@@ -74,6 +74,10 @@ STATES = 8
 PAIRS = ((ORIN, GPT2), (S23, GPT2), (PI5, GPT2), *[(ORIN, L7)] * 3, (S23, L7), (S23, L7), (PI5, L7), (PI5, L7),
          (AGX, L7), *[(ORIN, L13)] * 3, (S23, L13))  # fmt: skip
 """Those oftener for which device and cloud are both worth a thought."""
+CROWD_EVERY = 11
+AGES_S = (0.0, 10.0, 2.0)
+"""Of what a crowd knows of its cloud, in turn: where none was as old as in the reports, what was learned fell back
+there."""
 LINKS = (HEALTHY, WAN, WAN, MEC, MEC, TUNNEL)
 CLOUDS = (ALWAYS_BUSY, CALM_CLOUD, BURSTY_CLOUD)
 Named = tuple[str, Recordings]
@@ -100,12 +104,11 @@ def _scaled(link: LinkProcess, dice: np.random.Generator) -> LinkProcess:
     return replace(link, classes=classes, periodic=bool(dice.random() < 0.2))
 
 
-def _crowd(dice: np.random.Generator) -> tuple[SharedCloud, int]:
+def _crowd(dice: np.random.Generator, age_s: float) -> tuple[SharedCloud, int]:
     """A cloud that the simulated devices load themselves: few of them, so that many worlds can be simulated, and as
-    few sessions for each as in a large one."""
+    few sessions for each as in a large one; its load is known when it is `age_s` old."""
     devices = int(dice.integers(8, 17))
     sessions = max(round(devices * dice.uniform(0.25, 0.6)), 2)
-    age_s = float(dice.choice([0.0, 0.0, 2.0, 10.0]))
     return SharedCloud(sessions, background=int(dice.choice([0, 16, 32])), information_s=age_s), devices
 
 
@@ -136,7 +139,7 @@ def course(seed: int, number: int, recorded: Named | None = None) -> Course:
     """Number `number` of a seed; with the link that was `recorded`, and its requests if there are any, at the load that
     was drawn. Raises RequestError where what was drawn cannot run."""
     dice = np.random.Generator(np.random.Philox([seed, number]))
-    is_crowd = number % 11 == 3
+    is_crowd = number % CROWD_EVERY == 3
     device, model = PAIRS[int(dice.integers(len(PAIRS)))]
     floor = FLOOR if dice.random() < 0.5 else None
     link = _scaled(LINKS[int(dice.integers(len(LINKS)))], dice)
@@ -144,7 +147,7 @@ def course(seed: int, number: int, recorded: Named | None = None) -> Course:
     devices, slots, burst, crowd_per_s = 1, int(dice.choice([1, 1, 4])), 1.0, 0.0
     load = float(dice.uniform(0.15, 0.9))
     if is_crowd:
-        cloud, devices = _crowd(dice)
+        cloud, devices = _crowd(dice, AGES_S[number // CROWD_EVERY % len(AGES_S)])
         device, model, floor, slots = (ORIN, L7, None, 4) if dice.random() < 0.6 else (S23, L7, None, 4)
         crowd_per_s, burst = float(dice.uniform(0.1, 0.24)), float(dice.choice([1.0, 2.0, 3.0]))
     job = Job(128, 128) if is_crowd else _job(model, dice)

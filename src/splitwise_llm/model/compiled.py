@@ -1,8 +1,8 @@
-"""Products of low-bit weights with a few rows by a small kernel of our own (`products.c`), for a machine that asks.
+"""Products of weights with a few rows, and some of what stands between them, by small kernels of our own.
 
-The C compiler of this machine makes it, once; it is kept in the user's cache under the hash of what it was made of.
-Without a compiler, or on a processor without AVX-512 VNNI and VBMI, there is none, and torch's products serve. Weights
-are read where torch and oneDNN have packed them, so nothing is held twice. Knows no models.
+For a machine that asks: its C compiler makes them of `products.c`, once; they are kept in the user's cache under the
+hash of what they were made of. Without a compiler, or on a processor without AVX-512 VNNI and VBMI, there are none, and
+torch's serve. Weights are read where torch and oneDNN have packed them, so nothing is held twice. Knows no models.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ from torch import Tensor
 
 from splitwise_llm.errors import BrokenInvariant, RequestError
 from splitwise_llm.model.packed import DEEP, INT8_ROWS, OUTPUTS, Packed, product_of_halves
-from splitwise_llm.spec import Kernels, Weights
+from splitwise_llm.spec import Dtype, Kernels, Weights
 
 FLAGS = ("-O3", "-shared", "-fPIC", "-ffp-contract=off")  # no step may be fused for one number of rows only
 OWN_INT8_ROWS = 16
 """More are multiplied by oneDNN, with the same bits."""
+OWN_FULL_ROWS = 16
+"""More are multiplied by oneDNN. A few of `products.c`'s have one's bits each, which those of oneDNN have not."""
+BETWEEN_STEP = 16
+"""Numbers of a row that are computed together."""
 COMPILE_S = 120.0
 CALL = "--kernels compiled"
 LEAVE_OUT = "or leave --kernels out"
@@ -40,23 +44,23 @@ SPREAD_BYTES = 1 << 20
 _COLUMN_STEP = DEEP * 4
 
 
-def settled(kernels: Kernels, weights: Weights, device: torch.device) -> Kernels:
+def settled(kernels: Kernels, weights: Weights, dtype: Dtype, device: torch.device) -> Kernels:
     """Torch's or our own. Raises RequestError where our own are asked for and cannot be."""
     if kernels is Kernels.COMPILED:
-        _check(weights, device)
+        _check(weights, dtype, device)
     elif kernels is Kernels.AUTO:
         try:
-            _check(weights, device)
+            _check(weights, dtype, device)
         except RequestError:
             return Kernels.TORCH
         return Kernels.COMPILED
     return kernels
 
 
-def _check(weights: Weights, device: torch.device) -> None:
+def _check(weights: Weights, dtype: Dtype, device: torch.device) -> None:
     """Raise RequestError, with what to do, unless there are compiled kernels here for such weights."""
-    if weights is Weights.FULL:
-        raise RequestError(f"{CALL} is for low-bit weights: add --weights int8 or int4, {LEAVE_OUT}")
+    if weights is Weights.FULL and dtype is Dtype.FP16:
+        raise RequestError(f"{CALL} has none for weights in fp16: add --dtype bf16, or --weights int8, {LEAVE_OUT}")
     if device.type != "cpu":
         raise RequestError(f"{CALL} computes on the processor, and this machine on {device}: leave it out")
     kernels()
@@ -78,6 +82,7 @@ class Library:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self.bf16_product = library.bf16_pairs_product if library.can_multiply_pairs() else library.bf16_product
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def rounded(self, x: Tensor, columns: int, padded: int, is_signed: bool = False) -> Rows:
@@ -114,20 +119,55 @@ class Library:
             self._library.int4_product, (*x.halves, x.sums, x.per_unit, packed, scale_zero), x, len(packed)
         )
 
+    def full(self, x: Tensor, weight: Packed) -> Tensor:
+        """x @ weight.T in the dtype of both, fp32 or bf16: at most 16 rows (rows, in_features) to (rows, out)."""
+        if x.shape[1] != weight.in_features:
+            raise BrokenInvariant(f"a product of {weight.in_features} columns was given rows of {x.shape[1]}")
+        if x.dtype is torch.float32:
+            product = self._library.fp32_product
+        else:
+            product = self.bf16_product
+            x = F.pad(x, (0, x.shape[1] % 2))
+        x = x.contiguous()
+        y = torch.empty(len(x), weight.out_features, dtype=x.dtype)
+        given = _at(x), _at(weight.blocks), _at(y), *x.shape, weight.out_features
+        self._spread(product, given, len(weight.blocks), weight.nbytes)
+        return y
+
+    # Between products, in fp32 or bf16: widths are multiples of BETWEEN_STEP
+
+    def rms_norm(self, x: Tensor, weight: Tensor, least: float) -> Tensor:
+        """x / sqrt(the sum of its squares + least) * weight, row by row: x (rows, width), weight (width,) in fp32."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        self._library.rms_norm(_at(x), _at(weight), _at(y), *x.shape, least, x.dtype is torch.bfloat16)
+        return y
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up, (rows, width), for x (rows, gate and up)."""
+        x = x.contiguous()
+        y = torch.empty(len(x), x.shape[1] // 2, dtype=x.dtype)
+        self._library.gated(_at(x), _at(y), *y.shape, x.dtype is torch.bfloat16)
+        return y
+
     def _product(self, product: Callable[..., None], read: tuple[Tensor, ...], x: Rows, outputs: int) -> Tensor:
         rows, columns = x.halves.shape[1:]
         y = torch.empty(rows, outputs)
         given = *map(_at, read), _at(y), rows, columns, outputs
-        threads, blocks = torch.get_num_threads(), outputs // OUTPUTS
-        if threads == 1 or outputs * columns < SPREAD_BYTES:
+        self._spread(product, given, outputs // OUTPUTS, outputs * columns)
+        return y
+
+    def _spread(self, product: Callable[..., None], given: tuple[int, ...], blocks: int, num_bytes: int) -> None:
+        """Call `product` for all blocks of outputs, on as many threads as torch has."""
+        threads = torch.get_num_threads()
+        if threads == 1 or num_bytes < SPREAD_BYTES:
             product(*given, 0, blocks)
-            return y
+            return
         ends = [blocks * part // threads for part in range(threads + 1)]
         others = [self._others(threads).submit(product, *given, *some) for some in pairwise(ends[1:])]
         product(*given, 0, ends[1])
         for other in others:
             other.result()
-        return y
 
     def _others(self, threads: int) -> ThreadPoolExecutor:
         if self._pool is None or self._pool[0] != threads:
@@ -172,7 +212,15 @@ def kernels() -> Library:
     library.int8_sums.argtypes = [pointer, count, count, pointer]
     for product in (library.int8_product, library.int4_product):
         product.argtypes = [*[pointer] * 7, *[count] * 5]
-    for function in (library.halves_of, library.int8_sums, library.int8_product, library.int4_product):
+    full = [library.fp32_product, library.bf16_product]
+    if library.can_multiply_pairs():
+        full.append(library.bf16_pairs_product)
+    for product in full:
+        product.argtypes = [*[pointer] * 3, *[count] * 5]
+    library.rms_norm.argtypes = [*[pointer] * 3, count, count, ctypes.c_float, ctypes.c_int]
+    library.gated.argtypes = [pointer, pointer, count, count, ctypes.c_int]
+    low_bit = [library.halves_of, library.int8_sums, library.int8_product, library.int4_product]
+    for function in (*low_bit, *full, library.rms_norm, library.gated):
         function.restype = None
     return Library(library)
 

@@ -9,7 +9,7 @@
 Few rows (decode) wait for the weights to be read once, many (prefill) for the arithmetic. What oneDNN has packed
 serves both. torch's own low-bit kernels serve few rows only, so for many some blocks of the weight are up-cast at
 a time and multiplied. No second copy is kept: a block is dropped before the next is made.
-Kernels of our own (`compiled.py`), where a machine asks for them, multiply int4 by all rows and packed int8 by few.
+Kernels of our own (`compiled.py`), where a machine asks for them, multiply int4 by all rows, and what is packed by few.
 Where two ways cross is a constant and not a timing, so that equal shapes always give equal bits.
 """
 
@@ -66,7 +66,7 @@ def linear_of(weight: Tensor, form: Weights, dtype: torch.dtype, kernels: Kernel
     """A layer with its own copy of weight (out, in), which may be of any float dtype and strides."""
     match form:
         case Weights.FULL:
-            return Full(weight, dtype)
+            return Full(weight, dtype, kernels=kernels)
         case Weights.INT8:
             return Int8(weight, kernels=kernels)
         case Weights.INT4:
@@ -78,8 +78,10 @@ class Full(Linear):
     """The weight as it is, packed by oneDNN or plain. Plain fp32 lies transposed, which one row reads up to 1.7 times
     as fast."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, multiplied: bool = True) -> None:
-        """Without `multiplied` it lies so that looking up is cheap."""
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype, multiplied: bool = True, kernels: Kernels = Kernels.TORCH
+    ) -> None:
+        """Without `multiplied` it lies so that looking up is cheap. Our own kernels serve what is packed."""
         self.out_features, self.in_features = weight.shape
         self._packed = pack(weight.to(dtype)) if multiplied else None
         self._plain: Tensor | None = None
@@ -87,9 +89,13 @@ class Full(Linear):
             self._transposed = multiplied and dtype is torch.float32
             plain = weight.t() if self._transposed else weight
             self._plain = plain.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        own = self._packed is not None and kernels is Kernels.COMPILED
+        self._own = compiled.kernels() if own else None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is not None:
+            if self._own is not None and len(x) <= compiled.OWN_FULL_ROWS:
+                return self._own.full(x, self._packed)
             return self._packed.product(x)
         plain = cast(Tensor, self._plain)
         if self._transposed:
@@ -306,7 +312,7 @@ def table_of(
     """A table with its own copy of weight (vocabulary, d_model); int8 also where the layers are int4. Without
     `multiplied` it is only looked up in."""
     if form is Weights.FULL:
-        return Table(Full(weight, dtype, multiplied), None, dtype)
+        return Table(Full(weight, dtype, multiplied, kernels), None, dtype)
     sums = [weight[some].float().sum(0) for some in _runs(len(weight), weight.shape[1] * 4)]
     mean = torch.stack(sums).sum(0) / len(weight)
     return Table(Int8(weight, mean, multiplied, kernels), mean, dtype)

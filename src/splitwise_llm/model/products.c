@@ -1,8 +1,10 @@
-/* Products of low-bit weights with a few rows, for processors with AVX-512 VNNI and VBMI; see compiled.py.
+/* Products of weights with a few rows, and some of what stands between them, for processors with AVX-512 VNNI and VBMI;
+ * see compiled.py.
  *
- * A row of activations becomes 16 bits a number, in two bytes, each a half of the number, plus 128 where it must not be
- * negative. Products of bytes are summed exactly, and all that is rounded is rounded row by row: a row has the same bits
- * whatever rows are beside it. Weights lie as torch and oneDNN have packed them, in blocks of 64 outputs. */
+ * For low-bit weights a row of activations becomes 16 bits a number, in two bytes, each a half of the number, plus 128
+ * where it must not be negative. Products of bytes are summed exactly, and all that is rounded is rounded row by row: a
+ * row has the same bits whatever rows are beside it. So it has with fp32 and bf16, where every sum has its order.
+ * Weights lie as torch and oneDNN have packed them, in blocks of 64 outputs. */
 
 #include <stdint.h>
 
@@ -74,6 +76,15 @@ FAST void int8_sums(const int8_t *weights, long columns, long blocks, int32_t *s
 INLINE __m512i four_of(const uint8_t *bytes)
 {
     return _mm512_set1_epi32(*(const int32_t *)bytes);
+}
+
+/* To the nearest bf16, of two equally near to the even one, in the lower half of each number. */
+INLINE __m512i rounded_to_bf16(__m512 wide)
+{
+    __m512i bits = _mm512_castps_si512(wide);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    /* A NaN stays one: where bf16 was multiplied, its lower half is empty. */
+    return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
 }
 
 INLINE void int8_block(const uint8_t *low, const uint8_t *high, const float *per_unit, const int8_t *weights,
@@ -192,6 +203,210 @@ FAST void int4_product(const uint8_t *low, const uint8_t *high, const float *sum
             int4_block(low + row * columns, high + row * columns, sums + row * (columns / 32), per_unit + row, here,
                        scale_zero + block * 128, y + row * outputs + block * 64, columns, outputs, front, back, 1);
     }
+}
+
+#define TILE 128 /* steps, each of 64 outputs and four bytes of a row: 32 kB stay near while rows take turns */
+#define TURN 6   /* rows at a time, as many as registers hold the sums of */
+#define MOST 16  /* rows, for which sums are kept */
+
+/* Adds to sums (rows, 64) the products of a tile with one to TURN rows, `stride` bytes apart. */
+typedef void tile_product(const char *x, long stride, const char *weights, float (*sums)[64], long steps, long rows);
+
+#define TILES(name, target, steps_of)                                                                                  \
+    target static void name(const char *x, long stride, const char *weights, float (*sums)[64], long steps, long rows) \
+    {                                                                                                                  \
+        switch (rows) {                                                                                                \
+        case 1: steps_of(x, stride, weights, sums, steps, 1); break;                                                   \
+        case 2: steps_of(x, stride, weights, sums, steps, 2); break;                                                   \
+        case 3: steps_of(x, stride, weights, sums, steps, 3); break;                                                   \
+        case 4: steps_of(x, stride, weights, sums, steps, 4); break;                                                   \
+        case 5: steps_of(x, stride, weights, sums, steps, 5); break;                                                   \
+        default: steps_of(x, stride, weights, sums, steps, TURN);                                                      \
+        }                                                                                                              \
+    }
+
+INLINE void add_tile(float (*sums)[64], __m512 (*sum)[4], const int rows)
+{
+    for (int row = 0; row < rows; row++)
+        for (int part = 0; part < 4; part++) {
+            float *so_far = sums[row] + 16 * part;
+            _mm512_storeu_ps(so_far, _mm512_add_ps(_mm512_loadu_ps(so_far), sum[row][part]));
+        }
+}
+
+INLINE void steps_in_fp32(const char *x, long stride, const char *weights, float (*sums)[64], long steps,
+                          const int is_bf16, const int rows)
+{
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000); /* bf16: the upper half of a float */
+    __m512 sum[TURN][4];
+    for (int row = 0; row < rows; row++)
+        for (int part = 0; part < 4; part++)
+            sum[row][part] = _mm512_setzero_ps();
+    for (long step = 0; step < steps; step++, x += 4, weights += 256)
+        for (int part = 0; part < 4; part++) {
+            __m512i both = _mm512_loadu_si512(weights + 64 * part);
+            __m512 first = _mm512_castsi512_ps(is_bf16 ? _mm512_slli_epi32(both, 16) : both);
+            __m512 second = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
+            for (int row = 0; row < rows; row++) {
+                __m512i two = four_of((const uint8_t *)x + row * stride);
+                __m512 one = _mm512_castsi512_ps(is_bf16 ? _mm512_slli_epi32(two, 16) : two);
+                sum[row][part] = _mm512_fmadd_ps(one, first, sum[row][part]);
+                if (is_bf16) {
+                    one = _mm512_castsi512_ps(_mm512_and_si512(two, upper));
+                    sum[row][part] = _mm512_fmadd_ps(one, second, sum[row][part]);
+                }
+            }
+        }
+    add_tile(sums, sum, rows);
+}
+
+#define FP32_STEPS(x, stride, weights, sums, steps, rows) steps_in_fp32(x, stride, weights, sums, steps, 0, rows)
+#define WIDE_STEPS(x, stride, weights, sums, steps, rows) steps_in_fp32(x, stride, weights, sums, steps, 1, rows)
+TILES(fp32_tile, FAST, FP32_STEPS)
+TILES(wide_tile, FAST, WIDE_STEPS)
+
+FAST static void full_product(const char *x, const char *weights, char *y, long rows, long columns, long outputs,
+                              long first, long last, tile_product *product, int is_bf16)
+{
+    const long size = is_bf16 ? 2 : 4, stride = columns * size, steps = stride / 4, deep = (steps + 15) / 16 * 4096;
+    for (long block = first; block < last; block++) {
+        float sums[MOST][64] = {{0}};
+        for (long step = 0; step < steps; step += TILE)
+            for (long row = 0; row < rows; row += TURN)
+                product(x + row * stride + step * 4, stride, weights + block * deep + step * 256, sums + row,
+                        steps - step < TILE ? steps - step : TILE, rows - row);
+        for (long row = 0; row < rows; row++)
+            for (long at = 0; at < 64; at += 16) {
+                __mmask16 mask = within(block * 64 + at, outputs);
+                char *into = y + (row * outputs + block * 64 + at) * size;
+                __m512 sum = _mm512_loadu_ps(sums[row] + at);
+                if (is_bf16)
+                    _mm512_mask_cvtepi32_storeu_epi16(into, mask, rounded_to_bf16(sum));
+                else
+                    _mm512_mask_storeu_ps(into, mask, sum);
+            }
+    }
+}
+
+/* y (rows, outputs) of blocks first to last of weights as oneDNN packs them, (outputs / 64, columns / 16, 16, 64);
+ * at most 16 rows. */
+FAST void fp32_product(const void *x, const void *weights, void *y, long rows, long columns, long outputs, long first,
+                       long last)
+{
+    full_product(x, weights, y, rows, columns, outputs, first, last, fp32_tile, 0);
+}
+
+/* The same in bf16, (outputs / 64, columns / 32, 16, 64, 2), summed in fp32; columns are even. */
+FAST void bf16_product(const void *x, const void *weights, void *y, long rows, long columns, long outputs, long first,
+                       long last)
+{
+    full_product(x, weights, y, rows, columns, outputs, first, last, wide_tile, 1);
+}
+
+#if defined(__clang__) || __GNUC__ >= 10
+#define PAIRS __attribute__((target("avx512f,avx512bw,avx512vbmi,avx512vnni,avx512bf16")))
+
+int can_multiply_pairs(void)
+{
+    return __builtin_cpu_supports("avx512bf16");
+}
+
+PAIRS static inline __attribute__((always_inline)) void steps_in_pairs(const char *x, long stride, const char *weights,
+                                                                       float (*sums)[64], long steps, const int rows)
+{
+    __m512 sum[TURN][4];
+    for (int row = 0; row < rows; row++)
+        for (int part = 0; part < 4; part++)
+            sum[row][part] = _mm512_setzero_ps();
+    for (long step = 0; step < steps; step++, x += 4, weights += 256)
+        for (int part = 0; part < 4; part++) {
+            __m512bh both = (__m512bh)_mm512_loadu_si512(weights + 64 * part);
+            for (int row = 0; row < rows; row++)
+                sum[row][part] = _mm512_dpbf16_ps(sum[row][part],
+                                                  (__m512bh)four_of((const uint8_t *)x + row * stride), both);
+        }
+    add_tile(sums, sum, rows);
+}
+
+TILES(pairs_tile, PAIRS, steps_in_pairs)
+
+/* As bf16_product, with the processor's own products of pairs. */
+FAST void bf16_pairs_product(const void *x, const void *weights, void *y, long rows, long columns, long outputs,
+                             long first, long last)
+{
+    full_product(x, weights, y, rows, columns, outputs, first, last, pairs_tile, 1);
+}
+
+#else
+
+int can_multiply_pairs(void)
+{
+    return 0;
+}
+
+#endif
+
+/* Between products: rows of fp32 or bf16, in multiples of 16 numbers, computed in fp32 and rounded once. */
+
+INLINE __m512 sixteen_at(const char *row, long at, int is_bf16)
+{
+    if (!is_bf16)
+        return _mm512_loadu_ps(row + at * 4);
+    __m256i half = _mm256_loadu_si256((const void *)(row + at * 2));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE void put_sixteen(char *row, long at, __m512 wide, int is_bf16)
+{
+    if (!is_bf16)
+        _mm512_storeu_ps(row + at * 4, wide);
+    else
+        _mm512_mask_cvtepi32_storeu_epi16(row + at * 2, 0xffff, rounded_to_bf16(wide));
+}
+
+/* e to the power of x, to 2 units in the last place; nothing below -104, and as of 88 above it. */
+INLINE __m512 power_of_e(__m512 x)
+{
+    x = _mm512_max_ps(_mm512_set1_ps(-104), _mm512_min_ps(_mm512_set1_ps(88), x)); /* a NaN is the second, and stays */
+    __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    x = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693145752f), x); /* the logarithm of 2, in two parts */
+    x = _mm512_fnmadd_ps(twos, _mm512_set1_ps(1.42860677e-6f), x);
+    __m512 power = _mm512_set1_ps(1 / 720.0f);
+    const float factors[] = {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1, 1};
+    for (int next = 0; next < 6; next++)
+        power = _mm512_fmadd_ps(power, x, _mm512_set1_ps(factors[next]));
+    return _mm512_scalef_ps(power, twos);
+}
+
+/* y = x / sqrt(sum of x squared + least) * weight, of each row; weight in fp32. */
+FAST void rms_norm(const char *x, const float *weight, char *y, long rows, long columns, float least, int is_bf16)
+{
+    const long stride = columns * (is_bf16 ? 2 : 4);
+    for (long row = 0; row < rows; row++, x += stride, y += stride) {
+        __m512 squares = _mm512_setzero_ps();
+        for (long at = 0; at < columns; at += 16) {
+            __m512 some = sixteen_at(x, at, is_bf16);
+            squares = _mm512_fmadd_ps(some, some, squares);
+        }
+        const __m512 length = _mm512_sqrt_ps(_mm512_set1_ps(_mm512_reduce_add_ps(squares) + least));
+        for (long at = 0; at < columns; at += 16) {
+            __m512 some = _mm512_div_ps(sixteen_at(x, at, is_bf16), length);
+            put_sixteen(y, at, _mm512_mul_ps(some, _mm512_loadu_ps(weight + at)), is_bf16);
+        }
+    }
+}
+
+/* y (rows, columns) = silu(gate) * up, for x (rows, gate and up). */
+FAST void gated(const char *x, char *y, long rows, long columns, int is_bf16)
+{
+    const long stride = columns * (is_bf16 ? 2 : 4);
+    for (long row = 0; row < rows; row++, x += 2 * stride, y += stride)
+        for (long at = 0; at < columns; at += 16) {
+            __m512 gate = sixteen_at(x, at, is_bf16), up = sixteen_at(x, columns + at, is_bf16);
+            __m512 power = power_of_e(_mm512_sub_ps(_mm512_setzero_ps(), gate));
+            gate = _mm512_div_ps(gate, _mm512_add_ps(_mm512_set1_ps(1), power));
+            put_sixteen(y, at, _mm512_mul_ps(gate, up), is_bf16);
+        }
 }
 
 #else

@@ -83,6 +83,7 @@ class Share:
         self.architecture = resident.architecture
         spec = self.architecture.spec
         self.dtype, self.device = TORCH_DTYPE[resident.dtype], resident.device
+        self._between = resident.between
         self._embedding: EmbeddingWeights | None = resident.embedding() if need.embed else None
         self._head: HeadWeights | None = resident.head() if need.head else None
         self._attention: dict[int, AttentionWeights] = {}
@@ -228,6 +229,8 @@ class Share:
     def _norm(self, x: Tensor, weights: NormWeights) -> Tensor:
         if self.architecture.norm is Norm.LAYER:
             return F.layer_norm(x, x.shape[-1:], weights.weight, weights.bias, self.architecture.norm_eps)
+        if self._between is not None:
+            return self._between.rms_norm(x, weights.weight, x.shape[-1] * self.architecture.norm_eps)
         return _rms_norm(x, weights.weight, self.architecture.norm_eps)
 
     def _attention_partial(self, x: Tensor, weights: AttentionWeights, cache: KeyValues, at: Positions) -> Tensor:
@@ -268,6 +271,8 @@ class Share:
         if weights.up_bias is not None:
             inner = inner + weights.up_bias
         if self.architecture.spec.ffn_matrices == 3:
+            if self._between is not None and self.architecture.activation is Activation.SILU:
+                return weights.down(self._between.gated(inner))
             gate, up = inner.chunk(2, -1)
             return weights.down(_activate(gate, self.architecture.activation) * up)
         return weights.down(_activate(inner, self.architecture.activation))

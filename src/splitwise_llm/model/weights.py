@@ -16,8 +16,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from splitwise_llm.model import compiled
 from splitwise_llm.model.checkpoint import Checkpoint
-from splitwise_llm.model.compiled import settled
 from splitwise_llm.model.families import Norm, Stored
 from splitwise_llm.model.linear import Linear, Table, linear_of, table_of
 from splitwise_llm.spec import Dtype, Kernels, Weights
@@ -99,10 +99,20 @@ class Resident:
     ) -> None:  # fmt: skip
         """Raises RequestError for kernels that are not installed or do not serve this device and these weights."""
         self.checkpoint, self.dtype, self.weights, self.device = checkpoint, dtype, weights, device
-        self.kernels = settled(kernels, weights, device)
+        self.kernels = compiled.settled(kernels, weights, dtype, device)
         self.architecture = checkpoint.architecture
         self._torch_dtype = TORCH_DTYPE[dtype]
         self._held: dict[_Key, Loaded] = {}
+
+    @property
+    def between(self) -> compiled.Library | None:
+        """Our own kernels for what stands between products. None for int8, whose products by our own and by torch's
+        have the same bits, so that two machines may each take theirs."""
+        spec = self.architecture.spec
+        if self.kernels is not Kernels.COMPILED or self.weights is Weights.INT8 or self.dtype is Dtype.FP16:
+            return None
+        is_even = spec.d_model % compiled.BETWEEN_STEP == spec.shard_columns % compiled.BETWEEN_STEP == 0
+        return compiled.kernels() if is_even else None
 
     def load(self, need: Need) -> None:
         """Read what is needed and not yet held, the token tables first, then FFN halves: they are the largest, and a

@@ -21,8 +21,8 @@ class Dtype(StrEnum):
 
 
 class Kernels(StrEnum):
-    """Whose products multiply low-bit weights with a few rows: torch's, or our own, which a C compiler makes; auto: our
-    own where there are such."""
+    """Whose products multiply weights with a few rows: torch's, or our own, which a C compiler makes; auto: our own
+    where there are such."""
 
     AUTO = "auto"
     TORCH = "torch"
