@@ -425,6 +425,23 @@ def test_closing_a_machine_answers_everybody(tiny: Callable[[str], Path]) -> Non
     asyncio.run(play())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_mistake_between_two_pieces_leaves_nobody_waiting(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def play() -> None:
+        with Machine(Checkpoint(tiny("llama"))) as machine:
+            (share,) = await opened(machine, 1)
+            x = torch.randn(60, machine.spec.d_model)
+            monkeypatch.setattr(Turns, "next", lambda self: 1 / 0)
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(machine.run(step(share, x, 0, is_prefill=True)), 10)
+            with pytest.raises(RuntimeError, match="closed"):
+                await machine.settle()
+
+    asyncio.run(play())
+
+
 # Sessions
 
 TEXTS = ["all:cloud", "edge[0:2] cloud[2:8]", "edge[0:2] cloud[2:6] edge[6:8]", "cloud[0:5] edge[5:8]", "all:cloud"]

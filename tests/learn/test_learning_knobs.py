@@ -201,7 +201,7 @@ def test_a_run_that_began_elsewhere_is_not_gone_on_with(tmp_path: Path, one: Cou
     begun = _state(TINY, tmp_path, _origin(start, [lived]))
     assert _state(TINY, tmp_path, _origin(start, [lived])) == begun
     for other in (_origin(None, []), _origin(start, []), _origin(replace(start, heads=start.heads + 1), [lived])):
-        with pytest.raises(SpecError, match="began at other weights or records"):
+        with pytest.raises(SpecError, match="began at other weights, records or recordings"):
             _state(TINY, tmp_path, other)
 
 

@@ -244,12 +244,17 @@ class Compute:
 
     def _live(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        with torch.inference_mode():
-            while not self._is_closed:
-                self._iterate()
-        for result in [call.result for call in self._calls] + [job.result for job in self._left()]:
-            if not result.cancel():  # a prompt between two turns
-                result.set_exception(CancelledError())
+        try:
+            with torch.inference_mode():
+                while not self._is_closed:
+                    self._iterate()
+        finally:  # also where an iteration breaks, which is a mistake of ours: nobody waits for ever
+            with self._more:
+                self._is_closed = True
+                waiting = [call.result for call in self._calls] + [job.result for job in self._left()]
+            for result in waiting:
+                if not result.cancel():  # a prompt between two turns
+                    result.set_exception(CancelledError())
 
     def _left(self) -> list[Job]:
         return self._decode + self._turns.clear()
