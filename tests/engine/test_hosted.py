@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import msgspec
 import pytest
 
 from engine.raw_sessions import Lab, Play, Speaker, held, kept, stream
 from splitwise_llm import cost
+from splitwise_llm.engine.hosted import Hosted
+from splitwise_llm.errors import ProtocolError
 from splitwise_llm.partition import Partition
 from splitwise_llm.plan import Kind
 from splitwise_llm.spec import Dtype, Weights
 from splitwise_llm.wire import messages
+from splitwise_llm.wire.link import Link
 from splitwise_llm.wire.messages import (
     Begun,
     Close,
@@ -423,6 +427,37 @@ def test_a_second_link_takes_over_from_one_that_seems_alive(scene: Play) -> None
                 assert "s" in lab.worker._sessions, "no lease began with the end of the first link"
 
     scene(one, lease_s=0.1)
+
+
+def test_rubbish_on_a_link_that_has_a_successor_ends_no_session(scene: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last frame may be taken while the next link is being taken over."""
+    real = Hosted._take_orders
+    links: list[object] = []
+
+    async def take_orders(self: Hosted, link: Link, *rest: Any) -> None:
+        links.append(link)
+        try:
+            await real(self, link, *rest)
+        except asyncio.CancelledError:
+            if link is not links[0]:
+                raise
+            raise ProtocolError("rubbish") from None
+
+    monkeypatch.setattr(Hosted, "_take_orders", take_orders)
+
+    async def one(lab: Lab) -> None:
+        async with lab.session() as (first, _):
+            await lab.begun(first)
+            assert await lab.decode(first, 0, 4, 6) == lab.expected[3:6]
+            async with lab.session() as (second, opened):
+                assert held(opened)[4] == (ALL_GROUPS, 6)
+                first.raw.kill()
+                await asyncio.sleep(0.1)
+                assert "s" in lab.worker._sessions
+                await lab.begun(second, 2, start=6, known=7)
+                assert await lab.decode(second, 6, 7, 9, run=2) == lab.expected[6:9]
+
+    scene(one)
 
 
 def test_another_request_under_the_same_name_is_refused_and_the_session_goes_on(scene: Play) -> None:

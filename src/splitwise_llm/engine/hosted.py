@@ -164,6 +164,10 @@ class Hosted:
             return False  # superseded: this link is nobody's any more
         except LinkDied as error:
             log.info("%s lost its device: %s", self.opening.session[:8], error)
+        except SplitwiseError:
+            if self._serving is serving:
+                raise
+            return False  # what a link says that is nobody's any more ends no session
         finally:
             serving.cancel()
             async with self._changing:
