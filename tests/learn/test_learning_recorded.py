@@ -207,7 +207,7 @@ def test_a_run_from_before_there_were_recordings_goes_on(tmp_path: Path) -> None
     assert _state(tiny, tmp_path, _origin(None, ()))["updates"] == 0
 
 
-# Dies when train.py says `if was != asked:` for `if was != asked or is_older:`.
+# Dies when learn/train.py says `if was != asked:` for `if was != asked or is_older:`.
 @pytest.mark.parametrize(
     ("kept", "says"),
     [("{}", "tells of no run"), ('{"config": ', "tells of no run"), ("[1]", "tells of no run"),
@@ -307,7 +307,7 @@ def test_a_stopped_run_in_recorded_links_goes_on(tmp_path: Path) -> None:
     assert sum("-walk9" in name for name in _names(config, given)) == 1
 
 
-# Dies when train.py says `if (folder / "learner.zip").exists():` for
+# Dies when learn/train.py says `if (folder / "learner.zip").exists():` for
 # `if "alone" in state:  # which is written last of what going on needs`.
 @pytest.mark.long
 def test_a_run_that_was_stopped_as_it_was_written_first_learns_its_lessons_again(tmp_path: Path) -> None:
