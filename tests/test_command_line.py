@@ -221,6 +221,12 @@ def test_options_that_cannot_work_are_refused_with_the_remedy(arguments: list[st
     assert says in refused("generate", *arguments, PROMPT)
 
 
+# Dies when cli/benches.py says `if False:` for `if live_tokens:`.
+def test_options_of_a_part_that_is_not_run_are_refused(tmp_path: Path) -> None:
+    assert "--live-tokens is of --live" in refused("bench", "exactness", "--live-tokens", "100")
+    assert "--keep is of --memory" in refused("bench", "serving", "--keep", str(tmp_path))
+
+
 def test_a_prompt_must_be_text_and_fit(tmp_path: Path) -> None:
     assert "UTF-8" in refused("generate", b"caf\xe9")
     assert "UTF-8" in refused("generate", "-", stdin=b"caf\xe9")

@@ -19,7 +19,7 @@ from torch import Tensor
 from splitwise_llm.bench.in_process import in_process
 from splitwise_llm.bench.reference import compare
 from splitwise_llm.engine import pieces
-from splitwise_llm.engine.batching import COMPANY_S, LEAST_TURN_ROWS, Company, Turns, turn_rows
+from splitwise_llm.engine.batching import COMPANY_S, LEAST_TURN_ROWS, Company, Compute, Turns, turn_rows
 from splitwise_llm.engine.machine import Machine, need_of
 from splitwise_llm.engine.pieces import Job, Piece, walk
 from splitwise_llm.errors import BrokenInvariant, ProtocolError
@@ -425,17 +425,20 @@ def test_closing_a_machine_answers_everybody(tiny: Callable[[str], Path]) -> Non
     asyncio.run(play())
 
 
+# Dies when engine/batching.py says `self._at_hand = []` for `self._at_hand = [*batch, turn]`.
+@pytest.mark.parametrize("broken", ["next", "_run", "_run_turn"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_mistake_between_two_pieces_leaves_nobody_waiting(
-    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     async def play() -> None:
         with Machine(Checkpoint(tiny("llama"))) as machine:
-            (share,) = await opened(machine, 1)
+            shares = await opened(machine, 2)
             x = torch.randn(60, machine.spec.d_model)
-            monkeypatch.setattr(Turns, "next", lambda self: 1 / 0)
-            with pytest.raises(asyncio.CancelledError):
-                await asyncio.wait_for(machine.run(step(share, x, 0, is_prefill=True)), 10)
+            monkeypatch.setattr(Turns if broken == "next" else Compute, broken, lambda *_: 1 / 0)
+            both = [machine.run(step(share, x, 0, is_prefill=broken != "_run")) for share in shares]
+            for answer in await asyncio.wait_for(asyncio.gather(*both, return_exceptions=True), 10):
+                assert isinstance(answer, asyncio.CancelledError | RuntimeError), "said now, or that it is closed"
             with pytest.raises(RuntimeError, match="closed"):
                 await machine.settle()
 

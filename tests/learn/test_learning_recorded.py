@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +207,19 @@ def test_a_run_from_before_there_were_recordings_goes_on(tmp_path: Path) -> None
     assert _state(tiny, tmp_path, _origin(None, ()))["updates"] == 0
 
 
+# Dies when learn/train.py says `if was != asked:` for `if was != asked or is_older:`.
+@pytest.mark.parametrize(
+    ("kept", "says"),
+    [("{}", "tells of no run"), ('{"config": ', "tells of no run"), ("[1]", "tells of no run"),
+     (json.dumps({"config": {"seed": 0, "cautions": [0.0, 1.5]}, "updates": 5, "curve": [[5, 0.1]]}), "of another ver"),
+     (json.dumps({"config": asdict(CONFIGS["tiny"]), "updates": 5, "curve": [[5, 0.1]]}), "of another version")],
+)  # fmt: skip
+def test_a_folder_that_no_run_of_today_left_is_refused_with_what_to_do(tmp_path: Path, kept: str, says: str) -> None:
+    (tmp_path / "state.json").write_text(kept)
+    with pytest.raises(SpecError, match=f"{says}.*; give another --out, or --fresh to begin anew"):
+        _state(CONFIGS["tiny"], tmp_path, _origin(None, ()))
+
+
 def test_the_share_is_one(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text('{"recorded": 0.5}')
@@ -225,10 +238,14 @@ PAUSED = "0 8\n1 16\n2 24\n120 32\n121 40\n"
     [
         (("--requests", "asked.csv"), "give --traces DIR, too"),
         (("--cut-gaps",), "give --traces DIR, too"),
+        (("--config", "typo"), "unknown training configuration 'typo'"),
+        (("--start", "nowhere.npz"), "nowhere.npz: no weights of a policy"),
+        (("--learner", "low", "--config", "tiny"), "are for --learner high, not low"),
         (("--traces", "nowhere"), "is no folder"),
         (("--traces", "empty"), "has no file with 'up' in its name"),
         (("--traces", "few"), "put more than 8 into the folder"),
         (("--traces", "paused"), "give --cut-gaps"),
+        (("--traces", "silent"), "walk8: the recorded link is never up"),
         (("--traces", "net", "--requests", "nowhere.csv"), "nowhere.csv: cannot be read"),
         (("--traces", "net", "--learner", "low"), "are for --learner high, not low"),
     ],
@@ -238,11 +255,13 @@ def test_what_cannot_be_learned_from_is_said_and_leaves_a_run_alone(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder_of(tmp_path / "few", 3), folder_of(tmp_path / "net", 12), folder_of(tmp_path / "paused", 12, PAUSED)
+    folder_of(tmp_path / "silent", 9, "0 0.00{a}\n60 0.00{a}\n")
     (tmp_path / "empty").mkdir()
     kept = tmp_path / "training" / "state.json"
     kept.parent.mkdir()
     kept.write_text("{}")
-    done = splitwise_text("train", "--config", "tiny", "--fresh", *arguments)
+    given = () if "--config" in arguments else ("--config", "tiny")
+    done = splitwise_text("train", "--fresh", *given, *arguments)
     assert done.returncode == 2
     assert says in " ".join(done.stderr.split())
     assert kept.exists()
@@ -286,6 +305,18 @@ def test_a_stopped_run_in_recorded_links_goes_on(tmp_path: Path) -> None:
     assert again.exists()
     assert first
     assert sum("-walk9" in name for name in _names(config, given)) == 1
+
+
+# Dies when learn/train.py says `if (folder / "learner.zip").exists():` for
+# `if "alone" in state:  # which is written last of what going on needs`.
+@pytest.mark.long
+def test_a_run_that_was_stopped_as_it_was_written_first_learns_its_lessons_again(tmp_path: Path) -> None:
+    config, told = replace(CONFIGS["default"], **SMALL), list[str]()
+    begun = _state(config, tmp_path, _origin(None, ()))
+    whole = train(config, tmp_path, told.append).read_bytes()
+    (tmp_path / "state.json").write_text(json.dumps(begun))
+    (tmp_path / "range.npz").unlink()
+    assert train(config, tmp_path, told.append).read_bytes() == whole
 
 
 def _names(config: Config, given: Recorded) -> list[str]:

@@ -245,6 +245,21 @@ def test_an_input_of_another_width_is_an_error() -> None:
                 layer(torch.ones(2, columns))
 
 
+# Dies when model/compiled.py says `if False:` for
+# `if x.dtype is not weight.blocks.dtype or len(x) > OWN_FULL_ROWS:  # or memory of others is read, or written`.
+@served
+def test_rows_that_memory_was_not_made_for_are_an_error() -> None:
+    with packing():
+        layer = linear_of(gaussian(64, 64), Weights.FULL, torch.bfloat16, Kernels.COMPILED)
+    assert isinstance(layer, Full)
+    assert layer._own is not None
+    assert layer._packed is not None
+    with pytest.raises(BrokenInvariant, match=r"bfloat16 was given 2 rows of torch\.float32"):
+        layer(gaussian(2, 64))
+    with pytest.raises(BrokenInvariant, match="was given 17 rows"):
+        layer._own.full(gaussian(17, 64).bfloat16(), layer._packed)
+
+
 @served
 @pytest.mark.parametrize("form", [Weights.FULL, Weights.INT8, Weights.INT4])
 def test_a_split_model_says_the_same_as_one_machine(form: Weights) -> None:
@@ -288,6 +303,16 @@ def test_a_compiler_that_fails_is_named(
     with pytest.raises(RequestError, match=said):
         compiled.settled(Kernels.COMPILED, Weights.INT4, Dtype.BF16, CPU)
     assert not list(unmade.rglob("*.so"))
+
+
+# Dies when model/compiled.py says `if library.exists():` for
+# `if os.path.exists(library):  # False, unlike Path.exists, where the folder may not be looked into`.
+@served
+def test_a_cache_that_may_not_be_looked_into_is_named(unmade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(unmade / ("x" * 300)))  # no name of a file: also root may not
+    with pytest.raises(RequestError, match="cannot be made in"):
+        compiled.settled(Kernels.COMPILED, Weights.INT4, Dtype.BF16, CPU)
+    assert compiled.settled(Kernels.AUTO, Weights.INT4, Dtype.BF16, CPU) is Kernels.TORCH
 
 
 @served

@@ -25,15 +25,19 @@ def exactness(
             "repeatable."
         ),
     ] = None,
-    live_tokens: Annotated[int, typer.Option(min=16, help="Of --live, at most so many positions.")] = 4800,
+    live_tokens: Annotated[
+        int | None, typer.Option(min=16, help="Of --live, at most so many positions.", show_default="4800")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Logits and tokens of any partition against Hugging Face, and the nats that lossy choices cost."""
     if live:
-        from splitwise_llm.bench.accuracy_live import run_live
+        from splitwise_llm.bench.accuracy_live import TOKENS, run_live
 
-        report(run(lambda: run_live(live, text, live_tokens, tell), json_file), json_file)
+        report(run(lambda: run_live(live, text, live_tokens or TOKENS, tell), json_file), json_file)
         return
+    if live_tokens:
+        raise RequestError("--live-tokens is of --live: give --live weights, too")
     from splitwise_llm.bench.exactness import run_exactness
 
     report(run(lambda: run_exactness(partitions, tokens, text, tell), json_file), json_file)
@@ -116,6 +120,8 @@ def serving(
         with whole(json_file) as part:
             report(run_memory(memory, tell, keep), part)
         return
+    if keep:
+        raise RequestError("--keep is of --memory: give --memory bf16, too")
     from splitwise_llm.bench.serving import run_serving
 
     report(run(lambda: run_serving(rounds, tokens, tell), json_file), json_file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -68,21 +69,23 @@ def train(
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise SpecError(f"training needs {error.name}: pip install splitwise-llm[learning]") from error
-    if learner is not Learner.HIGH and (traces or requests or cut_gaps):
-        raise SpecError(f"--traces, --requests and --cut-gaps are for --learner high, not {learner}")
-    recorded = _recorded(traces, requests, cut_gaps)
-    if fresh:
-        for name in MADE:
-            (folder / name).unlink(missing_ok=True)
-        for lesson in (folder / "lessons").glob("*.npz"):
-            lesson.unlink()
-    if learner is Learner.HIGH:
-        weights = _high(config, folder, seed, start, processes, device, from_records or [], recorded)
-    else:
+    if learner is not Learner.HIGH:
+        if traces or requests or cut_gaps:
+            raise SpecError(f"--traces, --requests and --cut-gaps are for --learner high, not {learner}")
         if config != "default" or start or processes > 1 or device != "cpu" or from_records:
             raise SpecError(
                 f"--config, --start, --processes, --device and --from-records are for --learner high, not {learner}"
             )
+    recorded = _recorded(traces, requests, cut_gaps)
+    high = learner is Learner.HIGH and _high(config, seed, start, processes, device, from_records or [], recorded)
+    if fresh:  # not before everything that was given is read: a mistake in it costs no run
+        for name in MADE:
+            (folder / name).unlink(missing_ok=True)
+        for lesson in (folder / "lessons").glob("*.npz"):
+            lesson.unlink()
+    if high:
+        weights = high(folder)
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         with SummaryWriter(str(folder / "curves")) as writer:
             weights = _low(folder, seed or 0, writer) if learner is Learner.LOW else _paper(folder, seed or 0, writer)
@@ -90,20 +93,20 @@ def train(
 
 
 def _high(
-    config: str, folder: Path, seed: int | None, start: Path | None, processes: int, device: str, lived: list[Path],
+    config: str, seed: int | None, start: Path | None, processes: int, device: str, lived: list[Path],
     recorded: Recorded | None,
-) -> Path:  # fmt: skip
+) -> Callable[[Path], Path]:  # fmt: skip
+    """What learns, in the folder that it is given. Raises what reading raises."""
     from splitwise_llm.learn.train import read_config
     from splitwise_llm.learn.train import train as learn
     from splitwise_llm.policies.mind import shipped
     from splitwise_llm.policies.network import Network
 
     given = Network.load(start) if start else shipped() if lived else None
-    more = _lived(lived) if lived else []
-    return learn(
-        read_config(config, seed), folder, tell, start=given, more=more, recorded=recorded, processes=processes,
-        device=device,
-    )  # fmt: skip
+    asked, more = read_config(config, seed), _lived(lived) if lived else []
+    return lambda folder: learn(
+        asked, folder, tell, start=given, more=more, recorded=recorded, processes=processes, device=device
+    )
 
 
 def _recorded(traces: Path | None, requests: Path | None, cut_gaps: bool) -> Recorded | None:

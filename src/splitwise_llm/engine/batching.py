@@ -156,6 +156,8 @@ class Compute:
         self._calls: deque[_Call] = deque()
         self._decode: list[Job] = []
         self._turns = Turns()
+        self._at_hand: list[Job] = []
+        """Of this iteration."""
         self._company = Company()
         self._unfinished = 0
         self._is_closed = False
@@ -251,9 +253,10 @@ class Compute:
         finally:  # also where an iteration breaks, which is a mistake of ours: nobody waits for ever
             with self._more:
                 self._is_closed = True
-                waiting = [call.result for call in self._calls] + [job.result for job in self._left()]
+                jobs = [*self._at_hand, *self._left()]
+                waiting = [call.result for call in self._calls] + [job.result for job in jobs]
             for result in waiting:
-                if not result.cancel():  # a prompt between two turns
+                if not result.done() and not result.cancel():  # a prompt between two turns
                     result.set_exception(CancelledError())
 
     def _left(self) -> list[Job]:
@@ -265,12 +268,15 @@ class Compute:
         self._answer_calls()
         with self._more:
             self._linger()
-            batch = self._take()
+            batch = self._at_hand = self._take()
             turn = None if self._is_closed else self._turns.next()
+        if turn:
+            self._at_hand = [*batch, turn]
         if batch:
             self._run(batch)
         if turn:
             self._run_turn(turn)
+        self._at_hand = []
 
     def _answer_calls(self) -> None:
         """What waits, and what follows at once: who opens a session calls several times in a row, and would wait for

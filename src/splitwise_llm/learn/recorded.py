@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from splitwise_llm.errors import SpecError
 from splitwise_llm.learn.courses import Named
+from splitwise_llm.sim.paths import as_recorded
 from splitwise_llm.sim.recordings import left_to_learn, link_files, read_recordings
-from splitwise_llm.sim.scenarios import Recordings
+from splitwise_llm.sim.scenarios import HEALTHY, Recordings
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +63,11 @@ def read_recorded(
     )
     read = read_recordings([*learn, *apart], requests, cut_gaps=cut_gaps, to_learn=True)
     named = [(one.name, recordings) for one, recordings in zip([*learn, *apart], read, strict=True)]
+    for name, one in named:  # now, and not where courses are made, where nobody knows its name
+        try:
+            as_recorded(HEALTHY, one.up, one.down, one.rtt)
+        except SpecError as error:
+            raise SpecError(f"{name}: {error}") from error
     return Recorded(tuple(named[: len(learn)]), tuple(named[len(learn) :]))
 
 

@@ -296,7 +296,7 @@ def train(
         begin_at(model, start)
         env.low, env.high = start.low.copy(), start.high.copy()
     model.set_logger(_logger(folder))
-    if (folder / "learner.zip").exists():
+    if "alone" in state:  # which is written last of what going on needs
         model.set_parameters(str(folder / "learner.zip"), device=device)
         with np.load(folder / "range.npz") as kept:
             env.low, env.high = kept["low"], kept["high"]
@@ -421,14 +421,17 @@ def _state(config: Config, folder: Path, origin: dict[str, Any]) -> dict[str, An
         begun: dict[str, Any] = {"config": asked, "origin": origin, "updates": 0, "best": None, "curve": []}
         file.write_text(json.dumps(begun))  # what is kept from now on is of this configuration
         return begun
-    state: dict[str, Any] = json.loads(file.read_text())
-    if {"recorded": Config().recorded, **state["config"]} != asked:  # older runs had no such share, nor used it
-        raise SpecError(f"{folder} holds a run with another configuration; give another folder, or delete it")
+    anew = "give another --out, or --fresh to begin anew"
+    try:
+        state: dict[str, Any] = json.loads(file.read_text())
+        was = {"recorded": Config().recorded, **state["config"]}  # older runs had no such share, nor used it
+        is_older = bool(state["curve"]) and "alone" not in state
+    except (ValueError, KeyError, TypeError) as error:
+        raise SpecError(f"{file} tells of no run; {anew}") from error
+    if was != asked or is_older:
+        raise SpecError(f"{folder} holds a run with another configuration, or of another version; {anew}")
     if state.get("origin", _origin(None, ())) != origin:
-        raise SpecError(
-            f"{folder} holds a run that began at other weights, records or recordings; give another --out, or --fresh "
-            "to begin anew"
-        )
+        raise SpecError(f"{folder} holds a run that began at other weights, records or recordings; {anew}")
     return state
 
 

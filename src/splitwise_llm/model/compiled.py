@@ -123,6 +123,8 @@ class Library:
         """x @ weight.T in the dtype of both, fp32 or bf16: at most 16 rows (rows, in_features) to (rows, out)."""
         if x.shape[1] != weight.in_features:
             raise BrokenInvariant(f"a product of {weight.in_features} columns was given rows of {x.shape[1]}")
+        if x.dtype is not weight.blocks.dtype or len(x) > OWN_FULL_ROWS:  # or memory of others is read, or written
+            raise BrokenInvariant(f"a product with {weight.blocks.dtype} was given {len(x)} rows of {x.dtype}")
         if x.dtype is torch.float32:
             product = self._library.fp32_product
         else:
@@ -231,7 +233,7 @@ def _made() -> Path:
     name = hashlib.sha256(code + " ".join(FLAGS).encode()).hexdigest()[:16]
     cached = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "splitwise-llm"
     library = cached / f"products-{name}.so"
-    if library.exists():
+    if os.path.exists(library):  # False, unlike Path.exists, where the folder may not be looked into
         return library
     compiler = os.environ.get("CC") or shutil.which("cc")
     if not compiler:
