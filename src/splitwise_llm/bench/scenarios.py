@@ -111,7 +111,7 @@ class Grid:
     def fingerprint(self) -> str:
         """Of everything that figures depend on: size, seed, recordings, and the source itself. Of the source, rooms
         that neither simulator nor policies may import (`pyproject.toml`) are left out; weights are cells' own."""
-        settings = (self.quick, self.size, self.seed, self.traces, self.requests, self.cut_gaps)
+        settings = (self.quick, self.few, self.size, self.seed, self.traces, self.requests, self.cut_gaps)
         digest = hashlib.sha256(repr(settings).encode())
         root = Path(str(resources.files("splitwise_llm")))
         for file in sorted(root.rglob("*.py")):
