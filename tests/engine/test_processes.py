@@ -1,4 +1,7 @@
-"""Between real processes over gRPC: bit for bit what one process says, and sessions that do not see each other."""
+"""Between real processes over gRPC: bit for bit what one process says, and sessions that do not see each other.
+
+All of them have the kernels that commands take.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from splitwise_llm.engine.edge import Edge, edge_with
 from splitwise_llm.engine.walk import GREEDY, NO_LOSS
 from splitwise_llm.model.checkpoint import locate
 from splitwise_llm.model.sampling import Sampling, sample
+from splitwise_llm.spec import Kernels
 from splitwise_llm.wire.codec import ElementLoss
 
 pytestmark = pytest.mark.usefixtures("forks")
@@ -51,7 +55,7 @@ def test_workers_with_a_link_of_their_own_spare_the_device_the_relay(
     direct: tuple[tuple[str, str], ...], wire: WirePrecision, addresses: dict[str, str]
 ) -> None:
     async def play() -> None:
-        with edge_with("bundled", addresses, direct=direct) as edge:
+        with edge_with("bundled", addresses, direct=direct, kernels=Kernels.AUTO) as edge:
             decision = Decision(edge.partition("edge[0:2] cloud[2:4] third[4:6] cloud+third[6:8] head=edge"), wire)
             real = await logits_and_tokens(edge, decision, NO_LOSS)
             async with edge.generate(PROMPT, decision, max_new_tokens=4, stop_ids=()) as generation:
@@ -60,7 +64,7 @@ def test_workers_with_a_link_of_their_own_spare_the_device_the_relay(
         relayed = {(c.src, c.dst) for c in generation.record.crossings if c.kind == "residual" and c.after == 1}
         assert relayed == ({(1, 2)} if direct else {(1, 0), (0, 2)})
         assert generation.record.round_trips_per_token == generation.plan.round_trips_per_token
-        async with in_process(locate("bundled"), direct=direct) as edge:
+        async with in_process(locate("bundled"), direct=direct, kernels=Kernels.AUTO) as edge:
             alone = await logits_and_tokens(edge, decision, NO_LOSS)
         assert real[1] == alone[1]
         assert all(torch.equal(a, b) for a, b in zip(real[0], alone[0], strict=True))
@@ -83,10 +87,10 @@ def test_workers_with_a_link_of_their_own_spare_the_device_the_relay(
 def test_processes_equal_one_process_to_the_bit(text: str, wire: WirePrecision, addresses: dict[str, str]) -> None:
     async def play() -> None:
         loss = ElementLoss(0.02, seed=4)
-        with edge_with("bundled", addresses) as edge:
+        with edge_with("bundled", addresses, kernels=Kernels.AUTO) as edge:
             decision = Decision(edge.partition(text), wire, prefill_chunk=7)
             real = await logits_and_tokens(edge, decision, loss)
-        async with in_process(locate("bundled")) as edge:
+        async with in_process(locate("bundled"), kernels=Kernels.AUTO) as edge:
             alone = await logits_and_tokens(edge, decision, loss)
         assert real[1] == alone[1]
         assert len(real[0]) == len(alone[0])
@@ -112,7 +116,7 @@ def test_sessions_at_the_same_time_do_not_see_each_other(addresses: dict[str, st
         return generation.record.token_ids
 
     async def play() -> None:
-        with edge_with("bundled", addresses) as edge:
+        with edge_with("bundled", addresses, kernels=Kernels.AUTO) as edge:
             jobs = [(prompt, texts[n % len(texts)]) for n, prompt in enumerate(prompts)]
             together = await asyncio.gather(*(answer(edge, *job) for job in jobs))
             one_by_one = [await answer(edge, *job) for job in jobs]
@@ -124,7 +128,7 @@ def test_sessions_at_the_same_time_do_not_see_each_other(addresses: dict[str, st
 
 def test_a_generation_that_is_given_up_leaves_the_worker_free(addresses: dict[str, str]) -> None:
     async def play() -> None:
-        with edge_with("bundled", addresses) as edge:
+        with edge_with("bundled", addresses, kernels=Kernels.AUTO) as edge:
             for _ in range(20):  # more than the worker's session limit
                 async with edge.generate(PROMPT, "all:cloud", max_new_tokens=900, stop_ids=()) as generation:
                     async for _token in generation:
