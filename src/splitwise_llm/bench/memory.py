@@ -112,10 +112,13 @@ def predicted(spec: ModelSpec, partition: str, weights: Weights, job: Job) -> tu
 
 
 def _complete(arguments: Sequence[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "splitwise_llm", *arguments],
-        capture_output=True, text=True, timeout=_PATIENCE_S, check=False,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "splitwise_llm", *arguments],
+            capture_output=True, text=True, timeout=_PATIENCE_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise WorkerFailed(f"`splitwise {arguments[0]}` was not done after {_PATIENCE_S:g} s; run it alone") from error
     if done.returncode:
         said = done.stderr.strip().splitlines()[-3:]
         raise WorkerFailed(f"`splitwise {arguments[0]}` ended with {done.returncode}: {' / '.join(said)}")

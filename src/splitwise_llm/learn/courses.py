@@ -8,11 +8,8 @@ the courses have one of those in place of the link that is drawn for them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import repeat
-from multiprocessing import get_context
 
 import numpy as np
 
@@ -20,6 +17,7 @@ from splitwise_llm.cost import Host, Job, World, price
 from splitwise_llm.cost.terms import Form
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError
+from splitwise_llm.learn.forks import in_forks
 from splitwise_llm.lyapunov import Budgets, Penalty
 from splitwise_llm.observation import PLAIN, Tools
 from splitwise_llm.partition import Partition
@@ -238,13 +236,15 @@ def courses(
     """So many that can run, the same for the same seed, whoever makes them: their tables take most of the time. A
     share of them is in what was `recorded`; the others are as without."""
     found: list[Course] = []
-    number = 0
-    with ProcessPoolExecutor(processes, get_context("fork")) if processes > 1 else nullcontext() as pool:
-        while len(found) < count:
-            numbers = range(number, number + count - len(found))
-            given = (repeat(seed), numbers, [recorded_in(number, recorded, share) for number in numbers])
-            found += [one for one in (pool.map(_if_possible, *given) if pool else map(_if_possible, *given)) if one]
-            number = numbers.stop
+    first = 0
+    while len(found) < count:
+        missing = count - len(found)
+
+        def one(n: int, first: int = first) -> Course | None:
+            return _if_possible(seed, first + n, recorded_in(first + n, recorded, share))
+
+        found += filter(None, in_forks(one, missing, processes))
+        first += missing
     return found
 
 

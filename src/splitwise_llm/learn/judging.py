@@ -126,7 +126,7 @@ def candidates(mind: Network, validation: Validation, alone: float) -> Iterator[
         single[name] = validation.judge(one)
         yield f"{name} beside the outlook" if name != OUTLOOK else "the outlook where it says", one, single[name]
     helping = sorted((name for name in single if single[name].worth > alone), key=lambda n: -single[n].worth)
-    together, worth = helping[:1], max((one.worth for one in single.values()), default=alone)
+    together, worth = helping[:1], max([single[name].worth for name in helping], default=alone)
     for name in helping[1:]:
         more = freed(mind, {*together, name})
         found = validation.judge(more)
