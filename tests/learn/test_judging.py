@@ -71,10 +71,15 @@ def best(found: Iterable[tuple[str, Network, Judgement]]) -> tuple[str, Network,
     return max(found, key=lambda each: each[2].worth)
 
 
+def helps(found: Judgement) -> bool:
+    """Beside an outlook that is worth 0.01."""
+    return found.worth > 0.01 + 1e-9
+
+
 def test_a_knob_that_harms_is_held_and_those_that_help_are_put_together() -> None:
     told = Told({"cloud": 0.02, "device": -0.05, "draft": 0.01})
     mind = turning(cloud=0, device=4, draft=2, outlook=1)
-    name, kept, judged = best(candidates(mind, told, 0.01))  # type: ignore[arg-type]
+    name, kept, judged = best(candidates(mind, told, helps))  # type: ignore[arg-type]
     assert name == "cloud, draft"
     assert actions(kept) == held(cloud=0, draft=2)
     assert judged.each[0] == pytest.approx(0.04)
@@ -84,15 +89,31 @@ def test_a_knob_that_harms_is_held_and_those_that_help_are_put_together() -> Non
 def test_what_helps_alone_and_harms_together_is_not_put_together() -> None:
     """Dies when judging.py takes every knob that helps."""
     told = Told({"cloud": 0.02, "draft": 0.01}, together=-0.03)
-    name, kept, _ = best(candidates(turning(cloud=0, draft=2, outlook=1), told, 0.01))  # type: ignore[arg-type]
+    name, kept, _ = best(candidates(turning(cloud=0, draft=2, outlook=1), told, helps))  # type: ignore[arg-type]
     assert name.startswith("cloud")
     assert actions(kept) == held(cloud=0)
 
 
 def test_a_network_that_turns_nothing_is_judged_as_it_is_and_by_its_outlook() -> None:
-    found = [name for name, _, _ in candidates(turning(outlook=1), Told({}), 0.01)]  # type: ignore[arg-type]
+    found = [name for name, _, _ in candidates(turning(outlook=1), Told({}), helps)]  # type: ignore[arg-type]
     assert found[0] == WHOLE
     assert len(found) == 2
+
+
+def judged(*each: float) -> Judgement:
+    return Judgement(each, (0.0,) * len(each))
+
+
+def test_what_saves_more_by_chance_does_not_surpass_what_is_simpler() -> None:
+    """The rule of one standard error: with equal costs but in some courses, the mean of what is saved is beyond its
+    standard error from the second course on; in one of many it is its own standard error, whatever it is."""
+    # Dies when judging.py says `> 0` for `> SURE * error * (1 + ROUNDING)`.
+    simple = judged(0.01, 0.02, 0.0, 0.0)
+    assert not judged(0.01, 0.02, 0.0, 0.5).surpasses(simple)
+    assert judged(0.01, 0.02, 0.1, 0.1).surpasses(simple)
+    assert not judged(0.01, 0.02, 0.1, -0.05).surpasses(simple)
+    assert not simple.surpasses(simple)
+    assert judged(0.02).surpasses(judged(0.01))
 
 
 def test_what_is_lost_beyond_doubt_counts_in_full() -> None:

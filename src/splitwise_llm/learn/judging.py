@@ -3,13 +3,13 @@ lose in any one.
 
 A network that was taught in some courses takes others for them. So what it learned is judged knob by knob: first the
 outlook alone, then each knob that it turns beside it and alone; what helps is put together, the best first, as long as
-it goes on helping. A knob that does not help where it was not learned is not left to the network. Nothing is learned
-here.
+it goes on helping. A knob that does not help where it was not learned is not left to the network; nor is one whose help
+may be chance (`Judgement.surpasses`). Nothing is learned here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +33,11 @@ HARM = 0.005
 """Share of a course's cost up to which what it loses is made up for by what others gain."""
 DOUBT = 1.0
 """Standard errors by which what a course seems to lose must exceed that."""
+SURE = 1.0
+"""Standard errors over the courses by which weights must save more than simpler ones to be preferred to them (the rule
+of one standard error, Breiman et al. 1984, section 3.4.3)."""
+ROUNDING = 1e-9
+"""What is saved in one course of many is its own standard error, up to this."""
 HELD = 100.0
 """Logits beyond what any other value comes to."""
 KNOBS = tuple(name for name, _ in HEADS)
@@ -48,19 +53,31 @@ class Judgement:
     """Share of what drift plus penalty costs in each."""
     errors: tuple[float, ...]
     """Standard errors of these, over the traces."""
-    turned: frozenset[str]
+    turned: frozenset[str] = frozenset()
     """Knobs that were not neutral, once at least."""
+
+    @property
+    def logs(self) -> Floats:
+        """(courses,): log of drift's cost over theirs."""
+        return 0.0 - np.log1p(-np.minimum(self.each, 0.99))
 
     @property
     def gain(self) -> float:
         """Mean of logs over the courses."""
-        return 0.0 - float(np.mean(np.log1p(-np.minimum(self.each, 0.99))))
+        return float(self.logs.mean())
 
     @property
     def worth(self) -> float:
         """The gain less what any course loses beyond `HARM` and beyond doubt."""
         lost = -np.array(self.each) - DOUBT * np.array(self.errors) - HARM
         return self.gain - float(np.maximum(lost, 0.0).sum())
+
+    def surpasses(self, simpler: Judgement) -> bool:
+        """Whether it saves more than `simpler` weights, on the same courses, by more than may be chance: they stand for
+        those that were not drawn. So one course alone never decides."""
+        more = self.logs - simpler.logs
+        error = more.std(ddof=1) / len(more) ** 0.5 if len(more) > 1 else 0.0
+        return bool(more.mean() > SURE * error * (1 + ROUNDING))
 
     def __str__(self) -> str:
         worst = int(np.argmin(self.each))
@@ -115,9 +132,11 @@ def _drawn(course: Course, seed: int, worlds: int, requests: int) -> Traces:
     return draw(course.params, seed, range(int(max(worlds // devices**0.5, 4))), max(requests // devices, 16))
 
 
-def candidates(mind: Network, validation: Validation, alone: float) -> Iterator[tuple[str, Network, Judgement]]:
+def candidates(
+    mind: Network, validation: Validation, helps: Callable[[Judgement], bool]
+) -> Iterator[tuple[str, Network, Judgement]]:
     """What could be kept, by name and judged: the network as it is, each knob that it turns, and those together that
-    help, as long as the next goes on helping. `alone` is what the outlook alone is worth."""
+    help beside the outlook alone, as `helps` has it, as long as the next goes on being worth more."""
     whole = validation.judge(mind)
     yield WHOLE, mind, whole
     single: dict[str, Judgement] = {}
@@ -125,8 +144,8 @@ def candidates(mind: Network, validation: Validation, alone: float) -> Iterator[
         one = freed(mind, {name})
         single[name] = validation.judge(one)
         yield f"{name} beside the outlook" if name != OUTLOOK else "the outlook where it says", one, single[name]
-    helping = sorted((name for name in single if single[name].worth > alone), key=lambda n: -single[n].worth)
-    together, worth = helping[:1], max([single[name].worth for name in helping], default=alone)
+    helping = sorted((name for name in single if helps(single[name])), key=lambda n: -single[n].worth)
+    together, worth = helping[:1], max((single[name].worth for name in helping), default=0.0)
     for name in helping[1:]:
         more = freed(mind, {*together, name})
         found = validation.judge(more)

@@ -10,7 +10,7 @@
    and the prices of budgets rise while they are overspent (`env`).
 5. From time to time what was learned is judged on courses set apart (`judging`), as it is and knob by knob, and the
    best is kept, beside the learner's state: a run that was stopped goes on from there. The first to be judged is the
-   outlook alone.
+   outlook alone, which stays unless something saves more than it beyond doubt.
 
 Same seed, same machine type: the same weights.
 """
@@ -305,8 +305,8 @@ def train(
         taught = _taught(config, drawn, folder, processes, tell)
         _imitate(config, folder, state, model, env, taught, validation, tell)
     else:
-        state["alone"] = validation.judge(freed(start, ())).worth
-        state["began"] = _judge(folder, state, "the weights it began at", start, validation, tell)
+        state["alone"] = _saved(validation.judge(freed(start, ())))
+        state["began"] = _judge(folder, state, "the weights it began at", start, validation, tell).worth
     model._setup_learn(config.updates * config.steps * env.num_envs, None, reset_num_timesteps=True)
     if start is None and not state["curve"]:
         _validate(folder, state, model, env, validation, tell)
@@ -338,7 +338,8 @@ def _imitate(
     state["best"] = 0.0
     for one in taught:
         env.low, env.high = np.minimum(env.low, one.low[:COUNT]), np.maximum(env.high, one.high[:COUNT])
-    state["alone"] = _judge(folder, state, "the outlook alone", freed(network(model, env), ()), validation, tell)
+    alone = _judge(folder, state, "the outlook alone", freed(network(model, env), ()), validation, tell)
+    state["alone"] = _saved(alone)
     loss = imitate(model, taught, config.imitation, config.seed)
     tell(f"imitated to {loss:.3f} nats per knob")
 
@@ -377,13 +378,20 @@ def _validate(
     folder: Path, state: dict[str, Any], model: MaskablePPO, env: Learnable, validation: Validation, tell: Tell
 ) -> None:  # fmt: skip
     """Judge the network on courses set apart, keep the best, and everything that going on needs."""
-    for name, mind, found in candidates(network(model, env), validation, state["alone"]):
+    alone, began = Judgement(**state["alone"]), "began" in state
+
+    def helps(found: Judgement) -> bool:
+        """Nobody begins at a simpler policy than the outlook alone; with weights to begin at, what was lived counts,
+        which is one course among many."""
+        return found.worth > alone.worth if began else found.surpasses(alone)
+
+    for name, mind, found in candidates(network(model, env), validation, helps):
         if name == WHOLE:
             model.logger.record("validation/gain", found.gain)
             for course, one in zip(validation.names, found.each, strict=True):
                 model.logger.record(f"validation/{course}", one)
             state["curve"].append([state["updates"], found.gain])
-        _keep(folder, state, name, mind, found, tell)
+        _keep(folder, state, name, mind, found, tell, may=helps(found))
     model.save(str(folder / "learner.zip"), exclude=["rollout_buffer", "env"])
     np.savez(folder / "range.npz", low=env.low, high=env.high)
     _write(folder, state)
@@ -391,16 +399,22 @@ def _validate(
 
 def _judge(
     folder: Path, state: dict[str, Any], name: str, mind: Network, validation: Validation, tell: Tell
-) -> float:  # fmt: skip
-    """What these weights are worth; the best so far are kept."""
+) -> Judgement:  # fmt: skip
+    """What these weights save; the best so far are kept."""
     found = validation.judge(mind)
     _keep(folder, state, name, mind, found, tell)
-    return found.worth
+    return found
 
 
-def _keep(folder: Path, state: dict[str, Any], name: str, mind: Network, found: Judgement, tell: Tell) -> None:
-    """The weights, if they are the best so far by what they save and lose."""
-    is_best = state["best"] is None or found.worth > state["best"]
+def _saved(found: Judgement) -> dict[str, list[float]]:
+    return {"each": list(found.each), "errors": list(found.errors)}
+
+
+def _keep(
+    folder: Path, state: dict[str, Any], name: str, mind: Network, found: Judgement, tell: Tell, *, may: bool = True
+) -> None:  # fmt: skip
+    """The weights, if they `may` be kept and are the best so far by what they save and lose."""
+    is_best = may and (state["best"] is None or found.worth > state["best"])
     if is_best:
         state["best"] = found.worth
         mind.save(folder / "splitwise.npz")
@@ -425,7 +439,7 @@ def _state(config: Config, folder: Path, origin: dict[str, Any]) -> dict[str, An
     try:
         state: dict[str, Any] = json.loads(file.read_text())
         was = {"recorded": Config().recorded, **state["config"]}  # older runs had no such share, nor used it
-        is_older = bool(state["curve"]) and "alone" not in state
+        is_older = bool(state["curve"]) and not isinstance(state.get("alone"), dict)
     except (ValueError, KeyError, TypeError) as error:
         raise SpecError(f"{file} tells of no run; {anew}") from error
     if was != asked or is_older:
