@@ -14,6 +14,7 @@ from splitwise_llm.bench.simulator import case_tables, random_menus
 from splitwise_llm.errors import RequestError
 from splitwise_llm.observation import EVERYTHING, Menu, Past
 from splitwise_llm.policies.choosers import find_chooser
+from splitwise_llm.policies.features import FULL, NAMES, features
 from splitwise_llm.policies.guided import LATER, REFUSE, STAY, Constant, Guide
 from splitwise_llm.policies.knobs import HEADS, NEUTRAL, SIZES, Constants, Knobs, Mode
 from splitwise_llm.policies.mind import best_actions
@@ -129,6 +130,26 @@ def test_what_all_waits_add_up_to_stays_within_the_bound(params: Params, guide: 
     plain, slow = (simulate(params, traces, one) for one in (Constant(guide), Waits()))
     assert (slow.status == 0).all()
     assert np.nanmean(slow.total_s) < 1.4 * np.nanmean(plain.total_s)
+
+
+# Dies when policies/features.py says `[_FAR]]` for `[FULL]]`.
+def test_a_cloud_that_is_full_looks_the_same_however_full_it_is_and_is_priced_as_it_is(
+    params: Params, guide: Guide
+) -> None:
+    menu = next(menus(params))
+    t_ref_s = guide.price(menu).prepared.penalty.t_ref_s
+
+    def behind(reference_times: float) -> Menu:
+        queues = menu.queues.copy()
+        queues[:, 3] = reference_times * t_ref_s
+        return replace(menu, queues=queues)
+
+    half, full, fuller = (guide.price(behind(each)) for each in (FULL / 2, FULL, 4 * FULL))
+    seen = [features(each)[:, NAMES.index("queue cloud")] for each in (half, full, fuller)]
+    assert (seen[0] < seen[1]).all()
+    assert np.array_equal(seen[1], seen[2])
+    cloud = full.prepared.classes == 1
+    assert (fuller.d1[:, cloud] > full.d1[:, cloud])[np.isfinite(full.d1[:, cloud])].all()
 
 
 def test_the_likeliest_value_that_is_not_masked_is_taken() -> None:

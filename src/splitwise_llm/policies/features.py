@@ -41,6 +41,9 @@ _BOUNDED = {"fresh", "down now", "one slot", "acceptance", "forecast outage soon
 }
 _OPEN = np.array([name not in _BOUNDED for name in NAMES])
 """(COUNT,): what is squashed."""
+FULL = 2.0
+"""Reference times of work before the cloud from which on it is seen as full. A large crowd's cloud backs up further in
+an hour than any that can be learned in; how far is priced by the solver, which sees all of it."""
 _LINK: Pair = (DEVICE, 1)
 _BACK: Pair = (1, DEVICE)
 _FAR = 1e9
@@ -73,7 +76,7 @@ def features(priced: Priced, *, forecasts: bool = True) -> NDArray[np.float32]:
     put(x[:, basis.rtt(*_LINK)] * 10 / t, x[:, basis.inverse(*_LINK)] * 1e5 / t, x[:, basis.inverse(*_BACK)] * 1e5 / t)
     put(past.is_down, past.since_s / 10, past.age_s / 10)
     put(x[:, basis.slow(1)] - 1, x[:, basis.wait(1)] / t, x[:, basis.join(1)] * 10 / t)
-    put(*menu.queues.T / t)
+    put(*np.minimum(menu.queues.T / t, [[_FAR], [_FAR], [_FAR], [FULL]]))
     put(*menu.virtual.T)
     put(1 / past.slots, past.others[:, 0] / past.slots, past.others[:, 1] / 4)
     put(penalty.w_energy, menu.table.world.drafter.acceptance)
