@@ -198,8 +198,12 @@ def test_what_is_measured_is_a_table_with_its_sums_beside_the_whole() -> None:
     assert set(table.weights) == {Weights.INT8, Weights.INT4}
     assert set(table.wire) == set(WirePrecision) - {WirePrecision.FP32}
     assert all(len(row) == 4 and min(row) >= 0 for row in (*table.weights.values(), *table.wire.values()))
-    parts = sum(figures.figures[f"wire_int4_{group}"] for group in range(4))
-    assert figures.figures["wire_int4_sum"] == pytest.approx(parts)
+    assert set(table.partials) == set(table.ends) == set(table.wire)
+    assert all(len(row) == 4 for row in table.partials.values())
+    assert sum(table.partials[WirePrecision.INT4]) + sum(table.ends[WirePrecision.INT4]) > 0
+    for name, count in ("wire", 4), ("partials", 4), ("ends", 2):
+        parts = sum(figures.figures[f"{name}_int4_{number}"] for number in range(count))
+        assert figures.figures[f"{name}_int4_sum"] == pytest.approx(parts)
     assert "numbers" in table.source
 
 
@@ -207,6 +211,7 @@ def test_the_bundled_model_comes_with_a_table_and_unknown_ones_count_as_lossless
     table = Accuracy.shipped("bundled")
     assert "measured on" in table.source
     assert sum(table.wire[WirePrecision.INT4]) > sum(table.wire[WirePrecision.FP16])
+    assert sum(table.partials[WirePrecision.INT4]) < sum(table.wire[WirePrecision.INT4])
     assert Accuracy.shipped("no-such-model") is NO_LOSS
     assert Accuracy.shipped("../bundled/config") is NO_LOSS
 

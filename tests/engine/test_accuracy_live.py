@@ -78,6 +78,13 @@ def test_sessions_over_a_worker_process_lose_what_the_arithmetic_of_the_table_lo
     by_weights = text.nats(Choice((Weights.INT4,) * 4 + full[4:], {}))
     assert asyncio.run(live(low.decision, low.on_worker)) == pytest.approx(by_weights, abs=2e-3)
     assert max(abs(a - b) for a, b in zip(by_weights, exact, strict=True)) > 0.01
+    int4 = WirePrecision.INT4
+    of_halves = text.nats(Choice(full, {8: int4}, {8: int4, 9: int4}))  # the stream crosses before the shared layer
+    one_layer = next(row for row in plan_rows(SPEC) if row.name == "shared_int4")
+    assert asyncio.run(live(one_layer.decision, Weights.FULL)) == pytest.approx(of_halves, abs=2e-3)
+    by_ends = text.nats(Choice(full, {0: int4, 16: int4}))
+    inside = next(row for row in plan_rows(SPEC) if row.name == "inside_int4")
+    assert asyncio.run(live(inside.decision, Weights.FULL)) == pytest.approx(by_ends, abs=2e-3)
 
 
 def test_parts_that_there_are_not_are_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,8 +102,8 @@ TABLE = Accuracy(
 )
 
 
-def nats(text: str, wire: WirePrecision = FP16, form: Weights = Weights.INT4) -> float:
-    here = World(SMALL, (Host(box(), weights=form), Host(box())), {(0, 1): LINKS["lan"]}, accuracy=TABLE)
+def nats(text: str, wire: WirePrecision = FP16, form: Weights = Weights.INT4, table: Accuracy = TABLE) -> float:
+    here = World(SMALL, (Host(box(), weights=form), Host(box())), {(0, 1): LINKS["lan"]}, accuracy=table)
     return price(here, Decision(Partition.parse(text, SMALL, NAMES), wire), CHAT).nats
 
 
@@ -115,7 +117,7 @@ def test_losses_of_weights_add_up_over_what_is_lossy() -> None:
     assert nats("edge+cloud[0:8]") == pytest.approx(0.2)
 
 
-# Dies when cost/accuracy.py says `lost += by_boundary[end]` for `lost += len(kinds) * by_boundary[end]`.
+# Dies when cost/accuracy.py says `losses.items())` for `losses.items() if kind in kinds)`.
 def test_losses_of_the_wire_add_up_over_crossings() -> None:
     assert nats("cloud[0:3] edge[3:8]", WirePrecision.INT4, Weights.FULL) == pytest.approx(0.01)
     assert nats("edge[0:2] cloud[2:6] edge[6:8]", WirePrecision.INT8, Weights.FULL) == pytest.approx(0.003)
@@ -123,6 +125,21 @@ def test_losses_of_the_wire_add_up_over_crossings() -> None:
     assert nats("cloud[0:8] embed=edge head=edge", WirePrecision.INT4, Weights.FULL) == pytest.approx(0.03)
     assert nats("edge[0:2] cloud[2:6] edge[6:8]", WirePrecision.FP16, Weights.FULL) == 0
     assert nats("all:cloud", WirePrecision.INT4) == 0
+
+
+# Dies when cost/accuracy.py says `return (first, *inside[1:])` for `return (first, *inside[1:-1], last)`.
+# Dies when cost/accuracy.py says `PARTIAL: self.by_boundary(` for `PARTIAL: self.by_shared_boundary(`.
+def test_partial_sums_and_crossings_at_the_ends_have_figures_of_their_own() -> None:
+    int8 = WirePrecision.INT8
+    full = replace(TABLE, partials={int8: (0.08, 0.16)}, ends={int8: (0.0003, 0.0007)})
+    middle, whole, inside = "edge[0:5] edge+cloud[5:6] edge[6:8]", "edge+cloud[0:8]", "cloud[0:8] embed=edge head=edge"
+    assert nats(middle, int8, Weights.FULL, full) == pytest.approx(0.002 + 2 * 0.16 / 8)
+    assert nats(middle, int8, Weights.FULL) == pytest.approx(3 * 0.002)
+    assert nats(whole, int8, Weights.FULL, full) == pytest.approx(0.0003 + 0.08 + 0.16)
+    assert nats(whole, int8, Weights.FULL) == pytest.approx(8 * 0.001 + 9 * 0.002)
+    assert nats(inside, int8, Weights.FULL, full) == pytest.approx(0.001)
+    assert nats("edge[0:2] cloud[2:8] head=edge", int8, Weights.FULL, full) == pytest.approx(0.001 + 0.0007)
+    assert nats(whole, WirePrecision.INT4, Weights.FULL, full) == nats(whole, WirePrecision.INT4, Weights.FULL)
 
 
 # Dies when cost/accuracy.py says `min(losses)` for `max(losses)`.
@@ -137,7 +154,14 @@ def test_an_accuracy_table_is_read_back_as_it_was_written(tmp_path: Path) -> Non
     path = tmp_path / "accuracy.json"
     path.write_text(TABLE.to_json())
     assert Accuracy.from_file(path) == TABLE
-    for text in ("", "{}", "[1]", '{"weights": {"int3": [1]}, "wire": {}, "source": ""}'):
+    full = replace(TABLE, partials={WirePrecision.INT8: (0.1, 0.2)}, ends={WirePrecision.INT8: (0.3, 0.4)})
+    path.write_text(full.to_json())
+    assert Accuracy.from_file(path) == full
+    old = {key: value for key, value in json.loads(TABLE.to_json()).items() if key not in ("partials", "ends")}
+    path.write_text(json.dumps(old))
+    assert Accuracy.from_file(path) == TABLE
+    lame = json.dumps({**old, "ends": {"int8": [1]}})
+    for text in ("", "{}", "[1]", '{"weights": {"int3": [1]}, "wire": {}, "source": ""}', lame):
         path.write_text(text)
         with pytest.raises(SpecError, match=r"accuracy\.json is no accuracy table .*splitwise profile --accuracy"):
             Accuracy.from_file(path)

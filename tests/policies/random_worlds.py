@@ -66,7 +66,10 @@ def instance(seed: int, sizes: tuple[tuple[int, int, int, int], ...], *, menus: 
         for b in range(a + 1, machines)
         if a == 0 or r.random() < 0.5
     }
-    accuracy = Accuracy({Weights.INT4: (0.1, 0.02)}, {WirePrecision.INT8: (0.01, 0.003)}, "made up")
+    int8 = WirePrecision.INT8
+    accuracy = Accuracy(
+        {Weights.INT4: (0.1, 0.02)}, {int8: (0.01, 0.003)}, "made up", {int8: (0.02, 0.008)}, {int8: (0.004, 0.02)}
+    )
     world = World(spec, hosts, links, drafter=Drafter(0.6), accuracy=accuracy)
     if r.random() < 0.5:
         world = replace(world, hosts=tuple(_tight(r, world, m, job) for m in range(machines)))

@@ -367,6 +367,7 @@ class Search:
         layers = self.world.spec.num_layers
         half_nats = [by_accuracy.weights_by_half(host.weights, layers) for host in self.world.hosts]
         wire_nats = by_accuracy.wire_by_boundary(self.tools[0], layers)
+        partial_nats = by_accuracy.partials_by_boundary(self.tools[0], layers)
         start: dict[End | None, tuple[Floats, list[tuple[Counts, ...]]]] = {None: (np.zeros((1, self.size)), [()])}
         front, exact, most = start, True, 1
         for half in range(halves):
@@ -381,7 +382,8 @@ class Search:
                     v, new = self.step(half, end, counts, embed, head)
                     added = labels + v
                     added[:, -1] += nats
-                    added[:, -1] += crossings(end, counts, embed) * wire_nats[half]
+                    partials, streams = crossings(end, counts, embed)
+                    added[:, -1] += partials * partial_nats[half] + streams * wire_nats[half]
                     fits = np.all(self._memory(added) <= limits, axis=1)
                     where = grown.setdefault(new, ([], []))
                     where[0].append(added[fits])
@@ -464,12 +466,12 @@ def _ahead(previous: End, held: tuple[int, ...], pair: tuple[int, ...]) -> int |
     return holders[0] if len(holders) == 1 else None
 
 
-def crossings(end: End | None, counts: Counts, embed: int) -> int:
-    """Kinds of activations that cross between the last half and the next: parts of a sum, and the stream."""
+def crossings(end: End | None, counts: Counts, embed: int) -> tuple[bool, bool]:
+    """Whether parts of a sum cross between the last half and the next, and whether the stream does."""
     following = {machine for machine, units in enumerate(counts) if units}
     before = (embed,) if end is None else end.machines
     held = following & set(before) or {before[0]}
-    return (len(before) > 1) + bool(following - held)
+    return len(before) > 1, bool(following - held)
 
 
 def _compositions(units: int, machines: int) -> Iterator[Counts]:

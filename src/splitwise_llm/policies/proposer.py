@@ -182,7 +182,8 @@ class Prospect:
         self.entry = np.maximum(varied[len(step) :], 0.0)
         self.layer = layers @ price
         self.hop = (sheet.enter - layers[None]) @ price
-        self.hop += sheet.hop_nats * price[-1] * float(np.mean(sheet.wire_nats))
+        partials, streams = float(np.mean(sheet.partial_nats)), float(np.mean(sheet.wire_nats))
+        self.hop += (sheet.hop_partials * partials + sheet.hop_streams * streams) * price[-1]
         self.start, self.finish = self._ends(price)
         alone = self.start + self.num_layers * self.layer + self.entry + self.finish.diagonal()
         self.scale = max(float(alone.min()), 1e-30)

@@ -101,12 +101,14 @@ class Sheet:
         self.layer = np.stack([row.layer for row in self._rows])  # (seats, size)
         self.nats = np.stack([row.nats for row in self._rows])  # (seats, layers + 1), cumulated
         self.wire_nats = np.array(world.accuracy.wire_by_boundary(way[0], spec.num_layers))
+        self.partial_nats = np.array(world.accuracy.partials_by_boundary(way[0], spec.num_layers))
         pairs = [(p, s) for p in range(self.num_seats) for s in range(self.num_seats) if p != s]
         self.enter = np.zeros((self.num_seats, self.num_seats, self.size))
-        self.hop_nats = np.zeros((self.num_seats, self.num_seats))
+        self.hop_partials, self.hop_streams = np.zeros((2, self.num_seats, self.num_seats))
         for p, s in pairs:  # layers of a run after the first are `layer`
             self.enter[p, s] = self._first(self._rows[p].end, self.seats[s], DEVICE, DEVICE)[0]
-            self.hop_nats[p, s] = crossings(self._rows[p].end, self.seats[s].groups, DEVICE)
+            crossed = crossings(self._rows[p].end, self.seats[s].groups, DEVICE)
+            self.hop_partials[p, s], self.hop_streams[p, s] = crossed
         self.uses = np.array([[m in seat.machines for m in range(len(world.hosts))] for seat in self.seats])
         self.layer_bytes = np.array([self._bytes(seat) for seat in self.seats])  # (seats, machines)
         self.memory = np.array([host.device.memory_bytes for host in world.hosts])
@@ -211,7 +213,8 @@ class Sheet:
         key = (seat, embed, loops)
         if key not in self._starts:
             v = self._first(None, self.seats[seat], embed, embed if loops else -1)[0].copy()
-            v[-1] += crossings(None, self.seats[seat].groups, embed) * self.wire_nats[0]
+            _, streams = crossings(None, self.seats[seat].groups, embed)
+            v[-1] += streams * self.wire_nats[0]
             self._drafting(v, embed)
             self._starts[key] = v
         return self._starts[key]
@@ -232,7 +235,8 @@ class Sheet:
             end = self._rows[seat].end
             v = self.search.finish(end, embed, head).copy()
             whole = tuple(int(m == head) for m in range(len(self.world.hosts)))
-            v[-1] += crossings(end, whole, head) * self.wire_nats[-1]
+            partials, streams = crossings(end, whole, head)
+            v[-1] += partials * self.partial_nats[-1] + streams * self.wire_nats[-1]
             self._ends[key] = v
         return self._ends[key]
 
@@ -248,7 +252,10 @@ class Sheet:
         labels = fixed + (lengths - 1) @ self.layer[order]
         labels[:, -1] += (self.nats[order, ends] - self.nats[order, starts]).sum(axis=1)
         for number, pair in enumerate(pairwise(order)):
-            labels[:, -1] += self.hop_nats[pair] * self.wire_nats[2 * ends[:, number]]
+            at = 2 * ends[:, number]
+            labels[:, -1] += (
+                self.hop_partials[pair] * self.partial_nats[at] + self.hop_streams[pair] * self.wire_nats[at]
+            )
         used: Bools = np.any(self.uses[order], axis=0)
         used[[embed, head]] = True
         besides = np.array([self.tables[m, int(embed == m), int(head == m)] for m in range(len(used))])
