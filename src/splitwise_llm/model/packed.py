@@ -80,10 +80,7 @@ def exact_int8_product(x: Tensor, weight: Packed, scale: Tensor) -> Tensor:
     read once, the sums are exact integers, and a row gives the same bits whatever rows come with it.
     """
     if len(x) > INT8_ROWS:
-        y = x.new_empty(len(x), weight.out_features)
-        for into, some in zip(torch.split(y, INT8_ROWS), torch.split(x, INT8_ROWS), strict=True):
-            into.copy_(exact_int8_product(some, weight, scale))  # not the whole of it twice, as `cat` has it
-        return y
+        return torch.cat([exact_int8_product(some, weight, scale) for some in torch.split(x, INT8_ROWS)])
     rows, columns = x.shape
     wide = x.float()
     per_unit = torch.div(_HALF, wide.abs().amax(1, keepdim=True))
