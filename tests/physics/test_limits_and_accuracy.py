@@ -23,12 +23,15 @@ from strategies import NAMES, decisions
 
 # Dies when cost/bill.py says `positions = job.prompt_tokens` for `positions = job.prompt_tokens + job.tokens_out`.
 # Dies when cost/bill.py says `rows = min(job.prompt_tokens` for `rows = min(chunk or job.prompt_tokens`.
+# Dies when cost/counts.py says `(spec.d_model + spec.ffn_matrices` for `(attention + spec.d_model + spec.ffn_matrices`.
 def test_memory_is_weights_cache_and_buffers_on_both_sides() -> None:
     hosts = (Host(box(), weights=Weights.INT4), Host(box(), Dtype.FP32))
     here = World(SMALL, hosts, {(0, 1): LINKS["lan"]})
     one = bill(here, Decision(Partition.cut(SMALL, 2.5), prefill_chunk=32), Job(100, 20))
     attention, ffn, table = 4 * 64 * 128, 3 * 64 * 256, 100 * 64
-    inner = 32 * (2 * 64 + 2 * 256)
+    queries = kv = 128
+    projected, rotated = queries + 2 * kv, queries + kv
+    inner = 32 * (64 + projected + rotated + 2 * rotated + queries + 64 + 3 * 256)
     edge = 0.625 * (3 * attention + 2 * ffn) + 100 * (64 + 2) + 120 * 3 * 2 * 128 * 2 + inner * 2
     cloud = 4 * (5 * attention + 6 * ffn + table) + 120 * 5 * 2 * 128 * 4 + inner * 4
     assert one.memory_bytes == (edge, cloud)

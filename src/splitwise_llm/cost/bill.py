@@ -296,8 +296,7 @@ def memory_bytes(
     positions = job.prompt_tokens + job.tokens_out
     cache = counts.assigned_kv_bytes(spec, partition, machine, host.dtype, positions)
     rows = min(chunk or job.prompt_tokens, job.prompt_tokens)
-    # The stream before and after a sub-block, and its widest inner tensor.
-    buffers = rows * (2 * spec.d_model + max(spec.ffn_matrices - 1, 1) * spec.d_ff) * host.dtype.num_bytes
+    buffers = counts.activation_bytes(spec, rows, host.dtype)
     drafter = world.drafter.model
     if draft and drafter is not None and machine == partition.embed:
         whole = Partition.all_on(drafter, machine)

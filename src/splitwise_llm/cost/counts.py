@@ -61,6 +61,19 @@ def assigned_kv_bytes(spec: ModelSpec, partition: Partition, machine: int, dtype
     return positions * spec.kv_bytes_per_position(groups, dtype)
 
 
+def activation_bytes(spec: ModelSpec, rows: int, dtype: Dtype) -> int:
+    """Bytes of what `rows` positions computed at once leave beside weights and cache, as `model/share.py` computes.
+
+    Attention: the stream, queries with keys and values as projected, queries and keys rotated, both once more in fp32
+    (two elements each), and what was attended to. FFN: the stream and one tensor per matrix. Both halves count though
+    one is computed at a time: the C library keeps what one has freed, and the tensors of the other are of other sizes.
+    """
+    kv = spec.num_kv_heads * spec.head_dim
+    queries = spec.heads_per_group * kv
+    attention = spec.d_model + (queries + 2 * kv) + (queries + kv) + 2 * (queries + kv) + queries
+    return rows * (attention + spec.d_model + spec.ffn_matrices * spec.d_ff) * dtype.num_bytes
+
+
 def unit_flop(spec: ModelSpec, part: Part, positions: int, context: int) -> float:
     """FLOP of one unit over `positions` new positions that see up to `context`: two per weight and
     position, plus scores and values, counted over the whole context for each position (an upper bound

@@ -271,11 +271,14 @@ class Share:
         if weights.up_bias is not None:
             inner = inner + weights.up_bias
         if self.architecture.spec.ffn_matrices == 3:
+            # The widest tensor of a prompt goes as soon as its gate is applied, not after the product.
             if self._between is not None and self.architecture.activation is Activation.SILU:
-                return weights.down(self._between.gated(inner))
-            gate, up = inner.chunk(2, -1)
-            return weights.down(_activate(gate, self.architecture.activation) * up)
-        return weights.down(_activate(inner, self.architecture.activation))
+                inner = self._between.gated(inner)
+            else:
+                inner = _gated(inner, self.architecture.activation)
+        else:
+            inner = _activate(inner, self.architecture.activation)
+        return weights.down(inner)
 
 
 def together(shares: Sequence[Share], ats: Sequence[Positions], x: Tensor, start: int, stop: int) -> Tensor:
@@ -365,6 +368,12 @@ def _attend_in_blocks(queries: Tensor, keys: Tensor, values: Tensor, ratio: int,
 def _later() -> Tensor:
     """Minus infinity where a position of a block would see a later one, (positions, 1, positions)."""
     return torch.full((ATTENTION_BLOCK, ATTENTION_BLOCK), -torch.inf).triu_(1).unsqueeze(1)
+
+
+def _gated(x: Tensor, activation: Activation) -> Tensor:
+    """The activated gate times up, (positions, width), of x (positions, gate and up)."""
+    gate, up = x.chunk(2, -1)
+    return _activate(gate, activation).mul_(up)
 
 
 def _activate(x: Tensor, activation: Activation) -> Tensor:

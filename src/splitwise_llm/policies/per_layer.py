@@ -184,9 +184,9 @@ def _rules(world: World, job: Job, limits: Limits) -> Rules:
         )
         cache = positions * spec.kv_bytes_per_position(spec.num_kv_heads, host.dtype)
         size[0, machine] = attention + cache, ffn, table + positional, table
-        buffers = job.prompt_tokens * (2 * spec.d_model + max(spec.ffn_matrices - 1, 1) * spec.d_ff)
+        buffers = counts.activation_bytes(spec, job.prompt_tokens, host.dtype)
         away = machine in limits.unreachable or (limits.only is not None and machine not in limits.only)
-        room[0, machine] = -1.0 if away else host.device.memory_bytes - buffers * host.dtype.num_bytes
+        room[0, machine] = -1.0 if away else host.device.memory_bytes - buffers
     one = np.ones(1, dtype=np.int64)
     tied = np.array([spec.tied_head])
     return Rules(layers * one, spec.num_kv_heads * one, forced, size, room, tied)
