@@ -426,18 +426,33 @@ def test_closing_a_machine_answers_everybody(tiny: Callable[[str], Path]) -> Non
 
 
 # Dies when engine/batching.py says `self._at_hand = []` for `self._at_hand = [*batch, turn]`.
+# Dies when engine/batching.py says `waiting = [` for `waiting = [call.result for call in self._calls] + [`.
 @pytest.mark.parametrize("broken", ["next", "_run", "_run_turn"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_mistake_between_two_pieces_leaves_nobody_waiting(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
+    reached, called = threading.Event(), threading.Event()
+
+    def mistake(*_: object) -> None:
+        if broken != "next":  # there nobody can come in between
+            reached.set()
+            called.wait(5)
+        raise ZeroDivisionError
+
     async def play() -> None:
         with Machine(Checkpoint(tiny("llama"))) as machine:
             shares = await opened(machine, 2)
             x = torch.randn(60, machine.spec.d_model)
-            monkeypatch.setattr(Turns if broken == "next" else Compute, broken, lambda *_: 1 / 0)
-            both = [machine.run(step(share, x, 0, is_prefill=broken != "_run")) for share in shares]
-            for answer in await asyncio.wait_for(asyncio.gather(*both, return_exceptions=True), 10):
+            monkeypatch.setattr(Turns if broken == "next" else Compute, broken, mistake)
+            work = [machine.run(step(share, x, 0, is_prefill=broken != "_run")) for share in shares]
+            waiting = [asyncio.create_task(one) for one in work]
+            if broken != "next":
+                assert await asyncio.to_thread(reached.wait, 5)
+                waiting.append(asyncio.create_task(machine.compute(lambda: None)))
+                await asyncio.sleep(0)  # it is in the queue
+                called.set()
+            for answer in await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 10):
                 assert isinstance(answer, asyncio.CancelledError | RuntimeError), "said now, or that it is closed"
             with pytest.raises(RuntimeError, match="closed"):
                 await machine.settle()

@@ -40,9 +40,11 @@ def asked(floor: Floor | None) -> Observation:
 
 
 def add_decision_ms(figures: Figures, policy: Splitwise, repeats: int = 300) -> None:
-    """`decision_ms` (p50, over admission and flight, with and without a floor), `decision_p99_ms`, and what it takes
-    to make a table and to price the ways from another pattern of caches, which is rarer."""
+    """`decision_ms` (p50, over admission and flight, with and without a floor), `decision_p99_ms`; the same in an
+    outage, whose end the policy weighs, too (`outage_`); and what it takes to make a table and to price the ways from
+    another pattern of caches, which is rarer."""
     took: list[float] = []
+    in_outage: list[float] = []
     for floor in (None, Floor(2, 2)):
         seen = asked(floor)
         table_ms, decision = _timed(policy, seen)
@@ -57,8 +59,17 @@ def add_decision_ms(figures: Figures, policy: Splitwise, repeats: int = 300) -> 
         for number in range(repeats):
             took.append(_timed(policy, seen)[0])
             took.append(_timed(policy, flying[number % len(flying)])[0])
-    figures.add("decision_ms", float(np.median(took)), "processor time; bar 1")
-    figures.add("decision_p99_ms", float(np.quantile(took, 0.99)), "bar 1")
+            for up in (seen, flying[number % len(flying)]):
+                in_outage.append(_timed(policy, _cut_off(up))[0])
+    for name, all_of_them in (("decision", took), ("outage_decision", in_outage)):
+        figures.add(f"{name}_ms", float(np.median(all_of_them)), "processor time; bar 1")
+        figures.add(f"{name}_p99_ms", float(np.quantile(all_of_them, 0.99)), "bar 1")
+
+
+def _cut_off(seen: Observation) -> Observation:
+    """The same with the link down, as a device sees it."""
+    assert seen.past is not None
+    return replace(seen, past=replace(seen.past, is_down=np.array([True]), since_s=np.array([2.0])))
 
 
 def _timed(policy: Splitwise, seen: Observation) -> tuple[float, Decision]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -91,10 +91,18 @@ class Table:
         `later_tokens` (..., 1) replaces the number of tokens after the first; `entry` replaces the prompt: what
         it takes a running generation to go on with each plan, after which all its remaining tokens are "later".
         """
+        return self.under(conditions)(later_tokens, entry)
+
+    def under(self, conditions: Floats) -> Callable[[Floats | None, Entry | None], Prices]:
+        """`at` these conditions, for whoever asks several times: what depends on nothing else is computed once."""
         delays = _sums_of_maxima(conditions @ self._delays, self._group_at, self._delay_at)
         spent = {phase: conditions @ forms for phase, forms in self._spent.items()}
-        later = self._later if later_tokens is None else later_tokens
-        return self._prices(delays, spent, later, entry, self._others_idle_w, self._slot_share)
+
+        def at(later_tokens: Floats | None, entry: Entry | None) -> Prices:
+            later = self._later if later_tokens is None else later_tokens
+            return self._prices(delays, spent, later, entry, self._others_idle_w, self._slot_share)
+
+        return at
 
     def mixed(self, mix: Floats, conditions: Floats) -> Prices:
         """The figures of plans whose bills are mixes of these, (plans, bills), under one set of conditions.

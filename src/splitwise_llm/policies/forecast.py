@@ -25,7 +25,7 @@ def _moments(counts: Floats, assumed: Floats | float) -> tuple[Floats, Floats]:
     """Mean and coefficient of variation of counts (systems, 3), beside `PRIOR` exponential ones of mean `assumed`."""
     number = counts[:, 0] + PRIOR
     mean = (counts[:, 1] + PRIOR * assumed) / number
-    square = (counts[:, 2] + 2 * PRIOR * np.square(assumed)) / number
+    square = (counts[:, 2] + 2 * PRIOR * assumed**2) / number
     spread = np.sqrt(np.maximum(square - mean**2, 0.0)) / mean
     return mean, spread
 
@@ -33,8 +33,8 @@ def _moments(counts: Floats, assumed: Floats | float) -> tuple[Floats, Floats]:
 def _left(mean: Floats, spread: Floats, since_s: Floats) -> Floats:
     """Expected rest of a stretch that has lasted so long: of an exponential one (variation 1 or more) its mean, of a
     regular one (0) what is left of it, between them in proportion."""
-    random = np.clip(spread, 0.0, 1.0)
-    return random * mean + (1 - random) * np.maximum(mean - since_s, 0.0)
+    random = spread.clip(0.0, 1.0)
+    return np.asarray(random * mean + (1 - random) * np.maximum(mean - since_s, 0.0))
 
 
 def outages_s(past: Past) -> tuple[Floats, Floats]:

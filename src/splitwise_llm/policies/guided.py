@@ -193,13 +193,14 @@ class Guide:
         if menu.past is None or not menu.past.is_down.any():
             return None
         at = np.nonzero(menu.past.is_down)[0]
-        some, device = menu.at(at), np.nonzero(prepared.classes == 0)[0]
+        is_all = len(at) == len(menu.current)
+        some, device = menu if is_all else menu.at(at), np.nonzero(prepared.classes == 0)[0]
         assert some.past is not None
         outage_s = np.where(some.outage_s > 0, some.outage_s, forecast.outages_s(some.past)[0])
         goes = np.broadcast_to(prepared.allowed & (prepared.classes > 0), usable[at].shape)
         penalty = prepared.penalty
         joule_s = penalty.w_energy * penalty.t_ref_s / penalty.e_ref_j
-        prices_at = _each(lambda value: value[at] if value.ndim > 1 else value, prices)
+        prices_at = prices if is_all else _each(lambda value: value[at] if value.ndim > 1 else value, prices)
         found = with_returns(some, prices_at, device, goes, outage_s, joule_s)
         terms = self._terms(some, prepared, found)
         d1 = np.where(usable[at], terms.objective(prepared.weights, some.virtual[:, None, :]), np.inf)

@@ -24,6 +24,8 @@ NAMES = (
     "gru_input", "gru_hidden", "gru_input_bias", "gru_hidden_bias", "first", "first_bias", "second", "second_bias",
     "heads", "heads_bias", "low", "high",
 )  # fmt: skip
+_ONE, _LOW, _HIGH = np.array([1, -30, 30], np.float32)[:, None, None]
+"""Arrays: a plain number is converted anew by each call, which takes as long as the call."""
 MARGIN = 0.05
 """What a feature may lie outside of what was seen in training, of [0, 1]."""
 
@@ -90,13 +92,13 @@ class Network:
             raise ModelError(f"the policy takes {TOTAL} features, not {x.shape[1]}")
         plain, epochs = x[:, :COUNT], x[:, COUNT:].reshape(len(x), EPOCHS, len(SEEN))
         size = self.gru_hidden.shape[1]
-        hidden = np.zeros((len(x), size), np.float32)
-        inputs = epochs[:, ::-1] @ self.gru_input.T + self.gru_input_bias
-        for n in range(EPOCHS):
-            given, kept = inputs[:, n], hidden @ self.gru_hidden.T + self.gru_hidden_bias
-            gates = _sigmoid(given[:, : 2 * size] + kept[:, : 2 * size])
+        hidden, recur, bias = np.zeros((len(x), size), np.float32), self.gru_hidden.T, self.gru_hidden_bias
+        inputs = (epochs[:, ::-1] @ self.gru_input.T + self.gru_input_bias).swapaxes(0, 1)  # (EPOCHS, systems, ...)
+        for to_gates, to_new in zip(inputs[..., : 2 * size], inputs[..., 2 * size :], strict=True):
+            kept = hidden @ recur + bias
+            gates = _sigmoid(to_gates + kept[:, : 2 * size])
             reset, update = gates[:, :size], gates[:, size:]
-            hidden = (1 - update) * np.tanh(given[:, 2 * size :] + reset * kept[:, 2 * size :]) + update * hidden
+            hidden = (_ONE - update) * np.tanh(to_new + reset * kept[:, 2 * size :]) + update * hidden
         both = np.concatenate([plain, hidden], axis=1)
         both = np.tanh(both @ self.first.T + self.first_bias)
         both = np.tanh(both @ self.second.T + self.second_bias)
@@ -111,4 +113,5 @@ class Network:
 
 
 def _sigmoid(x: Array) -> Array:
-    return np.asarray(1 / (1 + np.exp(-np.minimum(np.maximum(x, -30), 30))), np.float32)
+    y: Array = _ONE / (_ONE + np.exp(-np.minimum(np.maximum(x, _LOW), _HIGH)))
+    return y

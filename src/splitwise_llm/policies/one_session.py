@@ -161,7 +161,8 @@ class Question:
         placement = self.observation.placement
         chosen = self.plans.table.bills[choice].decision
         found = placement.decision if placement is not None and choice < 0 else chosen
-        return replace(found, patience=patience, shadow=shadow)
+        is_so = found.patience == patience and found.shadow is shadow
+        return found if is_so else replace(found, patience=patience, shadow=shadow)
 
 
 def ask(observation: Observation, plans: Plans) -> Question:
@@ -260,7 +261,9 @@ class Shelf:
         world, placement, job, tools = observation.world, observation.placement, observation.job, observation.tools
         if why or world is None:
             raise Unfit(why)
-        limits = replace(observation.limits, unreachable=frozenset())
+        limits = observation.limits
+        if limits.unreachable:
+            limits = replace(limits, unreachable=frozenset())
         sought = self._seek(world, job, tools, limits, observation.loads.get(WORKER, IDLE))
         key = (sought, world.drafter, job)
         found = self._known(key)

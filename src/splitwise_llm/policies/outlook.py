@@ -9,7 +9,6 @@ costs so much more. It decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -62,12 +61,15 @@ def with_returns(menu: Menu, prices: Prices, device: Ints, goes: Bools, outage_s
     held = np.broadcast_to(np.asarray(menu.outage_s, float), menu.current.shape)
     x = menu.conditions.copy()  # as they will be
     x[:, table.world.basis.wait(1)] -= np.minimum(held, x[:, table.world.basis.wait(1)])
+    at, none = table.under(x), np.zeros_like(left)
     good, zero = _stacked(prices, shape), np.zeros(shape)
-    anew = _stacked(table.at(x, np.zeros_like(left)), shape)
-    token = _stacked(table.at(x, left, Entry(zero, zero, zero)), shape) / np.maximum(left, SMALL)
+    anew = _stacked(at(none, None), shape)
+    token = _stacked(at(left, Entry(zero, zero, zero)), shape) / np.maximum(left, SMALL)
     nothing = (menu.current < 0)[:, None] | (left >= job.tokens_out - 1 - SMALL)  # is cached
-    way = Entry(np.maximum(menu.entry_s - held[:, None], 0.0), menu.entry_device_s, menu.entry_cloud_s)
-    back = np.where(nothing, anew, _stacked(table.at(x, np.zeros_like(left), way), shape))
+    back = anew
+    if not nothing.all():
+        way = Entry(np.maximum(menu.entry_s - held[:, None], 0.0), menu.entry_device_s, menu.entry_cloud_s)
+        back = np.where(nothing, anew, _stacked(at(none, way), shape))
     grown = np.where(nothing, 1.0, 1 + np.maximum(job.tokens_out - 1 - left, 0.0) / job.prompt_tokens)
     home = _Later.of(back, token, left, goes, joule_s)
     again = anew * grown
@@ -94,10 +96,12 @@ def with_returns(menu: Menu, prices: Prices, device: Ints, goes: Bools, outage_s
 
 def _stacked(prices: Prices, shape: tuple[int, ...]) -> Floats:
     """(figures, systems, plans): all that are not per token."""
-    columns: Sequence[Floats] = [
-        *(getattr(prices, name) for name in _PLAIN), *(getattr(prices.work, name) for name in _WORK)
-    ]  # fmt: skip
-    return np.stack([np.broadcast_to(column, shape) for column in columns])
+    figures = np.empty((len(_PLAIN) + len(_WORK), *shape))
+    for number, name in enumerate(_PLAIN):
+        figures[number] = getattr(prices, name)
+    for number, name in enumerate(_WORK, len(_PLAIN)):
+        figures[number] = getattr(prices.work, name)
+    return figures
 
 
 def _cost(figures: Floats, joule_s: float) -> Floats:
