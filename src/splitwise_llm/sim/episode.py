@@ -250,31 +250,49 @@ def simulate_each(
 
 def _side_by_side(params: Params, traces: Traces, choosers: Sequence[Chooser], until_s: float) -> list[Records]:
     """Of choosers that are asked at the same times."""
-    one = Run.begin(params, traces, choosers[0])
-    params, all_traces, size = one.params, traces.times(len(choosers)), len(traces.numbers)
-    state = initial(params, all_traces)
-    worlds = [range(n * size, (n + 1) * size) for n in range(len(choosers))]
-    runs = [
-        replace(Run.begin(params, traces, chooser), state=state.part(slice(mine.start, mine.stop)))
+    all_traces, size = traces.times(len(choosers)), len(traces.numbers)
+    run = Run.begin(params, all_traces, choosers[0])
+    params, state = run.params, run.state
+    worlds = [slice(n * size, (n + 1) * size) for n in range(len(choosers))]
+    each = [
+        Run(params, traces, chooser, state.part(mine), Records.empty(params, traces), [])
         for chooser, mine in zip(choosers, worlds, strict=True)
     ]
     while not state.is_over.all():
-        for run in runs:
-            run.ask()
-            run.records.steps += int(np.count_nonzero(~(run.state.is_asking | run.state.is_over)))
-        ended, noted = step(params, all_traces, state)
-        for run, mine in zip(runs, worlds, strict=True):
-            run.note(*((ended, noted) if len(runs) == 1 else _of_worlds(ended, noted, mine)))
+        _ask(params, all_traces, state, each)
+        going = ~(state.is_asking | state.is_over)
+        for one, mine in zip(each, worlds, strict=True):
+            one.records.steps += int(np.count_nonzero(going[mine]))
+        _note(each, *step(params, all_traces, state))
         state.is_over |= state.now > until_s
         if state.is_over.any():
             state.ask[state.is_over] = False
-    return [run.finish() for run in runs]
+    return [one.finish() for one in each]
 
 
-def _of_worlds(ended: list[Ended], noted: Noted | None, worlds: range) -> tuple[list[Ended], Noted | None]:
-    """What happened in some worlds alone."""
-    some = [part.of_worlds(worlds) for part in ended]
-    return [part for part in some if len(part.world)], noted.of_worlds(worlds) if noted is not None else None
+def _ask(params: Params, traces: Traces, state: State, each: Sequence[Run]) -> None:
+    """Have every decision made that is due now, each by whose world it is."""
+    in_flight, size = getattr(each[0].chooser, "in_flight", True), len(state.now) // len(each)
+    for question in questions(params, traces, state, in_flight, apart=size):
+        ends = np.searchsorted(question.slots[0], np.arange(len(each) + 1) * size).tolist()
+        choice = np.empty(len(question.slots[0]), np.int64)
+        for run, first, last in zip(each, ends, ends[1:], strict=False):
+            if first < last:
+                some = question.menu if last - first == len(choice) else question.menu.at(slice(first, last))
+                choice[first:last] = run.chooser.choose(some)
+                run.records.decisions += last - first
+        _note(each, answer(params, traces, state, question, choice), None)
+
+
+def _note(each: Sequence[Run], ended: list[Ended], noted: Noted | None) -> None:
+    """Keep what happened, each of its own worlds."""
+    if len(each) == 1:
+        each[0].note(ended, noted)
+        return
+    for number, run in enumerate(each if ended or noted is not None else ()):
+        mine = range(number * len(run.state.now), (number + 1) * len(run.state.now))
+        some = [part.of_worlds(mine) for part in ended]
+        run.note([part for part in some if len(part.world)], None if noted is None else noted.of_worlds(mine))
 
 
 def advance(
