@@ -37,7 +37,7 @@ def assert_same(these: Records, those: Records) -> None:
             np.testing.assert_array_equal(one, other, err_msg=item.name)
 
 
-# Dies when sim/asking.py says `table, x[at])` for `table, x[at], ends)`.
+# Dies when sim/endings.py says `some["world"] })` for `some["world"] - worlds.start})`.
 @pytest.mark.parametrize("worlds", [1, 3])
 @pytest.mark.parametrize(("cloud", "devices"), [(CloudProcess(), 1), (SharedCloud(3), 8)])
 def test_each_gets_the_very_figures_it_would_get_alone(
