@@ -215,7 +215,7 @@ class Past:
             np.zeros((systems, EPOCHS, len(SEEN))), zero, zero, zero,
         )  # fmt: skip
 
-    def at(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Past:
+    def at(self, which: NDArray[np.bool_] | NDArray[np.int64] | slice) -> Past:
         """Of some of the systems."""
         return Past(*(getattr(self, item.name)[which] for item in fields(self)))
 
@@ -277,7 +277,7 @@ class Menu:
     outage_s: Floats | float = 0.0
     """(systems,): what conditions and entries hold of the rest of an outage."""
 
-    def at(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Menu:
+    def at(self, which: NDArray[np.bool_] | NDArray[np.int64] | slice) -> Menu:
         """About some of the systems."""
         once = ("table", "past", "outage_s")
         names = [item.name for item in fields(self) if item.name not in once]

@@ -1,6 +1,6 @@
 """The grid of scenarios: every case under every policy on paired traces, cell by cell, and what must come out.
 
-Cells are kept in a folder as they are done, so a long run can be stopped and gone on with.
+Cells are kept in a folder, case by case as they are done, so a long run can be stopped and gone on with.
 """
 
 from __future__ import annotations
@@ -264,8 +264,10 @@ def _cells(grid: Grid, setting: Setting, tell: Tell) -> tuple[list[Cell], dict[s
     where, shelf = f"{setting.scenario.name}.{setting.name}", grid.shelf
     cells: dict[str, Cell] = {}
     outcomes: dict[str, Outcome] = {}
-    for policy in grid.policies(setting.scenario):
-        digest = digest_of(policy, grid.weight_files)
+    policies = {policy: digest_of(policy, grid.weight_files) for policy in grid.policies(setting.scenario)}
+    new = [policy for policy, digest in policies.items() if shelf.read(f"{where}/{policy}", digest) is None]
+    setting.run_each([policy for policy in new if _applies(setting, policy)])
+    for policy, digest in policies.items():
         kept = shelf.or_made(f"{where}/{policy}", partial(_one, setting, policy), digest)
         if "refused" in kept:
             tell(f"  {policy} does not apply: {kept['refused'][:160]}")
@@ -289,6 +291,16 @@ def _cells(grid: Grid, setting: Setting, tell: Tell) -> tuple[list[Cell], dict[s
                 extra[f"regret_{yardstick}"] = _regret(means[name], means[yardstick])
         cells[name] = replace(one, metrics=one.metrics | extra, wins=int((best == number).sum()))
     return list(cells.values()), outcomes
+
+
+def _applies(setting: Setting, policy: str) -> bool:
+    """Whether a policy has a plan here; `_one` says why not."""
+    try:
+        if not policy.startswith(HINDSIGHT):
+            setting.chooser(policy)
+    except (RequestError, ModelError):
+        return False
+    return True
 
 
 def _one(setting: Setting, policy: str) -> dict[str, object]:

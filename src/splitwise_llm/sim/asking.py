@@ -40,12 +40,13 @@ class Question:
 
 
 def questions(
-    params: Params, traces: Traces, s: State, in_flight: bool = True, *, one_each: bool = False
+    params: Params, traces: Traces, s: State, in_flight: bool = True, *, one_each: bool = False, apart: int = 0
 ) -> Iterator[Question]:
     """What is due: of each device the earliest request that asks, table by table.
 
     Without `in_flight` only requests at admission are asked about, and the others go on as they are. With `one_each`
-    no more than one device of each world is asked.
+    no more than one device of each world is asked. With `apart` every so many worlds are somebody's own, and get the
+    very figures that they would get without the others.
     """
     if not in_flight:
         s.ask &= s.phase == HELD
@@ -59,16 +60,16 @@ def questions(
     number = np.where(s.ask[e, d], s.request[e, d], np.iinfo(np.int64).max)
     k = number.argmin(axis=1)
     if len(params.physics.tables) == 1:
-        yield Question(0, (e, d, k), _menu(params, traces, s, 0, (e, d, k)))
+        yield Question(0, (e, d, k), _menu(params, traces, s, 0, (e, d, k), apart))
         return
     tables = params.physics.table_of[s.plan[e, d, k]]
     for table in np.unique(tables).tolist():
         at = tables == table
         slots = (e[at], d[at], k[at])
-        yield Question(table, slots, _menu(params, traces, s, table, slots))
+        yield Question(table, slots, _menu(params, traces, s, table, slots, apart))
 
 
-def _menu(params: Params, traces: Traces, s: State, table: int, i: tuple[Ints, Ints, Ints]) -> Menu:
+def _menu(params: Params, traces: Traces, s: State, table: int, i: tuple[Ints, Ints, Ints], apart: int) -> Menu:
     physics, places = params.physics, params.physics.places
     e, d, k = i
     rows, own = traces.link_rows, np.arange(len(e))
@@ -96,7 +97,7 @@ def _menu(params: Params, traces: Traces, s: State, table: int, i: tuple[Ints, I
     if not fresh.all():
         at = ~fresh
         part = tuple(a[at] for a in i)
-        entry[:, at] = _entries(params, s, table, part, x[at], down[at], guess[at], ahead[at])
+        entry[:, at] = _entries(params, s, table, part, x[at], down[at], guess[at], ahead[at], apart)
         admissible[at, current[at]] = True
     return Menu(
         table=physics.tables[table],
@@ -116,8 +117,9 @@ def _menu(params: Params, traces: Traces, s: State, table: int, i: tuple[Ints, I
 
 
 def _entries(
-    params: Params, s: State, table: int, i: tuple[Ints, ...], x: Floats, down: Bools, guess: Floats, ahead: Floats
-) -> Floats:
+    params: Params, s: State, table: int, i: tuple[Ints, ...], x: Floats, down: Bools, guess: Floats, ahead: Floats,
+    apart: int,
+) -> Floats:  # fmt: skip
     """(3, n, plans): seconds until requests in flight can go on with each plan, and work of device and cloud."""
     physics, places = params.physics, params.physics.places
     first, last = physics.first[table], physics.first[table + 1]
@@ -127,7 +129,9 @@ def _entries(
     begun = s.tokens[i] > 0
     if not begun.all():  # nothing is cached: start over with any plan
         at = ~begun
-        units = physics.all_units(PER_PROMPT, table, x[at])
+        whose = i[0][at] // (apart or len(s.now))
+        ends = [*(np.flatnonzero(np.diff(whose)) + 1).tolist(), len(whose)]
+        units = physics.all_units(PER_PROMPT, table, x[at], ends)
         wait = np.maximum(
             np.where(cloud, x[at, places.wait, None], 0), np.where(device, x[at, places.device_wait, None], 0)
         )

@@ -58,6 +58,21 @@ class Traces:
             Path(self.cloud.times_s[worlds], self.cloud.rows[worlds]),
         )  # fmt: skip
 
+    def times(self, count: int) -> Traces:
+        """So many copies of the worlds, one after another."""
+        if count == 1:
+            return self
+
+        def copies(a: NDArray[Any]) -> NDArray[Any]:
+            return np.concatenate([a] * count)
+
+        return Traces(
+            self.seed, self.numbers * count, copies(self.arrival_s), copies(self.prompt_tokens),
+            copies(self.output_tokens), copies(self.predicted_tokens), copies(self.prompt_class), copies(self.luck),
+            Path(copies(self.link.times_s), copies(self.link.rows)), self.link_rows,
+            Path(copies(self.cloud.times_s), copies(self.cloud.rows)),
+        )  # fmt: skip
+
 
 def exchanged(traces: Traces, world: int, other: Traces) -> Traces:
     """The same worlds but for one, which becomes the only one of `other`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -38,6 +38,12 @@ class Ended:
     moves: Ints
     preempted: Ints
     mode_s: Floats  # (n, modes)
+
+    def of_worlds(self, worlds: range) -> Ended:
+        """Of some worlds alone, counted from the first of them."""
+        at = (self.world >= worlds.start) & (self.world < worlds.stop)
+        some = {item.name: getattr(self, item.name)[at] for item in fields(self)}
+        return Ended(**some | {"world": some["world"] - worlds.start})
 
 
 def go_on(params: Params, traces: Traces, s: State, over: Bools, up: Bools, ended: list[Ended]) -> None:

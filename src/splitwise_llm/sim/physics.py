@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,10 +126,14 @@ class Physics:
         """What a prompt or a token of plans `rows` (n,) takes under conditions (n, conditions): (n, 8) as named."""
         return self._summed(np.matmul(self._forms[phase, rows], conditions[..., None])[..., 0])
 
-    def all_units(self, phase: int, table: int, conditions: Floats) -> Floats:
-        """As `units`, for all plans of a table: (n, plans, 8)."""
+    def all_units(self, phase: int, table: int, conditions: Floats, ends: Sequence[int] = ()) -> Floats:
+        """As `units`, for all plans of a table: (n, plans, 8). With `ends` the rows up to each are multiplied by
+        themselves: a product of one row rounds otherwise than one of many, and what else is asked must not matter."""
         forms = self._forms[phase, self.first[table] : self.first[table + 1]]
-        values = conditions @ forms.reshape(-1, forms.shape[-1]).T
+        factor = forms.reshape(-1, forms.shape[-1]).T
+        values = np.empty((len(conditions), factor.shape[1]))
+        for first, last in pairwise((0, *(ends or (len(conditions),)))):
+            np.matmul(conditions[first:last], factor, out=values[first:last])
         return self._summed(values.reshape(len(conditions), *forms.shape[:2]))
 
     def _summed(self, values: Floats) -> Floats:

@@ -90,6 +90,10 @@ class State:
         """Another state with equal content and no shared arrays."""
         return State(*(getattr(self, field.name).copy() for field in fields(self)))
 
+    def part(self, worlds: slice) -> State:
+        """Some of the worlds; arrays are shared, so what changes there changes here."""
+        return State(*(getattr(self, field.name)[worlds] for field in fields(self)))
+
     @property
     def num_in_flight(self) -> Ints:
         """(e, d)"""

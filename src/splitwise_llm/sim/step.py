@@ -39,6 +39,11 @@ class Noted:
     work: Floats
     """(n, 4): seconds of work left for device, up, down (mean over devices), and cloud (all)."""
 
+    def of_worlds(self, worlds: range) -> Noted:
+        """Of some worlds alone, counted from the first of them."""
+        at = (self.world >= worlds.start) & (self.world < worlds.stop)
+        return Noted(self.world[at] - worlds.start, self.now[at], self.in_flight[at], self.work[at])
+
 
 def rates(params: Params, traces: Traces, s: State) -> tuple[Floats, Bools]:
     """Units per second of every slot (e, d, s), and which links are up (e, d)."""
@@ -151,7 +156,7 @@ def _flow(params: Params, traces: Traces, s: State, rate: Floats, up: Bools, dt:
     np.copyto(s.delivered, s.tokens, where=arrives)
     held = s.hold_s > 0
     if held.any():
-        s.hold_s = np.where(held & up[:, :, None], np.maximum(s.hold_s - by_slot, 0.0), s.hold_s)
+        np.copyto(s.hold_s, np.maximum(s.hold_s - by_slot, 0.0), where=held & up[:, :, None])
     busy = s.phase != FREE
     idle_w = params.idle_w
     active_j = done * s.unit[..., 1]
@@ -169,7 +174,7 @@ def _flow(params: Params, traces: Traces, s: State, rate: Floats, up: Bools, dt:
     if params.battery:
         s.battery_j -= joules
     if params.budgets.battery_w is not None:
-        s.virtual = lyapunov.drained(s.virtual, params.budgets, joules, dt[:, None])
+        s.virtual[:] = lyapunov.drained(s.virtual, params.budgets, joules, dt[:, None])
     s.now += dt
     if params.link.wake_s:
         used = (busy & physics.uses_cloud[s.plan] & (s.phase >= PROMPT)).any(axis=2) & up
