@@ -51,7 +51,10 @@ class Told:
         self.worth, self.together = worth, together
         self.judged: list[tuple[str, ...]] = []
 
-    def judge(self, mind: Network) -> Judgement:
+    def judge(self, *minds: Network) -> list[Judgement]:
+        return [self._judged(mind) for mind in minds]
+
+    def _judged(self, mind: Network) -> Judgement:
         now = actions(mind)
         turned = tuple(name for name in NAMES if now[name] != held()[name])
         self.judged.append(turned)
@@ -134,7 +137,8 @@ def test_neutral_knobs_save_nothing_whoever_simulates_and_what_was_lived_counts_
         validation = Validation(1, 4, 16, processes, more=[replace(small, name="lived")])
         assert len(validation.names) == 2
         assert validation.names[-1] == "lived"
-        neutral, turned = (validation.judge(one) for one in (turning(), turning(cloud=0)))
+        neutral, turned = validation.judge(turning(), turning(cloud=0))
+        assert [neutral] == validation.judge(turning()), "who is judged beside it does not matter"
         assert neutral.each == (0.0, 0.0)
         assert neutral.worth == 0.0
         assert neutral.turned == frozenset()

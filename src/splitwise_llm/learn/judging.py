@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from splitwise_llm.learn.courses import Course, courses
 from splitwise_llm.learn.forks import in_forks
-from splitwise_llm.learn.search import cost
+from splitwise_llm.learn.search import costs
 from splitwise_llm.policies.guided import Constant
 from splitwise_llm.policies.knobs import HEADS, SIZES, START
 from splitwise_llm.policies.mind import Mind
@@ -97,33 +97,40 @@ class Validation:
         self._processes = processes
         self._courses = [*courses(SEED, count, processes), *more]
         self._traces = [_drawn(one, SEED + number, worlds, requests) for number, one in enumerate(self._courses)]
-        self._drift = [neutral for neutral, _ in self._simulated(None)]
+        self._drift = [neutral for ((neutral, _),) in self._simulated([None])]
 
-    def judge(self, mind: Network) -> Judgement:
-        found = self._simulated(mind)
-        saved = [(drift - mine) / drift.mean() for drift, (mine, _) in zip(self._drift, found, strict=True)]
-        return Judgement(
-            tuple(float(one.mean()) for one in saved),
-            tuple(float(one.std(ddof=1)) / len(one) ** 0.5 for one in saved),
-            frozenset[str]().union(*(turned for _, turned in found)),
-        )
+    def judge(self, *minds: Network) -> list[Judgement]:
+        judged = []
+        for found in zip(*self._simulated(minds), strict=True):
+            saved = [(drift - mine) / drift.mean() for drift, (mine, _) in zip(self._drift, found, strict=True)]
+            judged.append(
+                Judgement(
+                    tuple(float(one.mean()) for one in saved),
+                    tuple(float(one.std(ddof=1)) / len(one) ** 0.5 for one in saved),
+                    frozenset[str]().union(*(turned for _, turned in found)),
+                )
+            )
+        return judged
 
     @property
     def names(self) -> list[str]:
         return [course.name for course in self._courses]
 
-    def _simulated(self, mind: Network | None) -> list[tuple[Floats, set[str]]]:
-        """Of each course what a request costs in each trace, and the knobs that were turned; None: as drift has it."""
+    def _simulated(self, minds: Sequence[Network | None]) -> list[list[tuple[Floats, set[str]]]]:
+        """Of each course, and there of each mind, what a request costs in each trace, and the knobs that were turned;
+        None: as drift has it."""
 
-        def one(number: int) -> tuple[Floats, set[str]]:
+        def one(number: int) -> list[tuple[Floats, set[str]]]:
             course = self._courses[number]
-            if mind is None:
-                return cost(course, self._traces[number], Constant(course.guide)), set()
-            chooser = Mind(course.guide, mind)
-            found = cost(course, self._traces[number], chooser)
-            return found, {name.partition(" ")[0] for name in chooser.tally.turned}
+            choosers = [Mind(course.guide, mind) if mind else Constant(course.guide) for mind in minds]
+            found = costs(course, self._traces[number], choosers)
+            return [(each, _turned(chooser)) for each, chooser in zip(found, choosers, strict=True)]
 
         return list(in_forks(one, len(self._courses), self._processes))
+
+
+def _turned(chooser: Mind | Constant) -> set[str]:
+    return {name.partition(" ")[0] for name in chooser.tally.turned} if isinstance(chooser, Mind) else set()
 
 
 def _drawn(course: Course, seed: int, worlds: int, requests: int) -> Traces:
@@ -137,18 +144,17 @@ def candidates(
 ) -> Iterator[tuple[str, Network, Judgement]]:
     """What could be kept, by name and judged: the network as it is, each knob that it turns, and those together that
     help beside the outlook alone, as `helps` has it, as long as the next goes on being worth more."""
-    whole = validation.judge(mind)
+    (whole,) = validation.judge(mind)
     yield WHOLE, mind, whole
-    single: dict[str, Judgement] = {}
-    for name in sorted(whole.turned | {OUTLOOK}, key=KNOBS.index):
-        one = freed(mind, {name})
-        single[name] = validation.judge(one)
+    each = {name: freed(mind, {name}) for name in sorted(whole.turned | {OUTLOOK}, key=KNOBS.index)}
+    single = dict(zip(each, validation.judge(*each.values()), strict=True))
+    for name, one in each.items():
         yield f"{name} beside the outlook" if name != OUTLOOK else "the outlook where it says", one, single[name]
     helping = sorted((name for name in single if helps(single[name])), key=lambda n: -single[n].worth)
     together, worth = helping[:1], max((single[name].worth for name in helping), default=0.0)
     for name in helping[1:]:
         more = freed(mind, {*together, name})
-        found = validation.judge(more)
+        (found,) = validation.judge(more)
         yield ", ".join([*together, name]), more, found
         if found.worth > worth:
             together, worth = [*together, name], found.worth

@@ -5,8 +5,9 @@ one value of one knob in one kind of moment for whole runs, on the same traces a
 noise (the mean of the paired differences is `SIGNIFICANT` standard errors and `LEAST` of the cost) is put together, the
 best first, as long as it goes on saving.
 
-Many worlds, and short traces: what a simulation takes is its steps, and 64 worlds take hardly longer than 8. The
-outlook comes first, and the other way round: an expectation and no bias, it is left on unless it loses.
+Many worlds, and short traces, and rules side by side: what a simulation takes is its steps, and 64 worlds take hardly
+longer than 8. The outlook comes first, and the other way round: an expectation and no bias, it is left on unless it
+loses.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from splitwise_llm.policies.features import features
 from splitwise_llm.policies.guided import Guide
 from splitwise_llm.policies.knobs import HEADS, NEUTRAL, SIZES, Knobs, Mode
 from splitwise_llm.sim.draws import Traces, draw
-from splitwise_llm.sim.episode import simulate
+from splitwise_llm.sim.episode import simulate_each
 from splitwise_llm.sim.scenarios import TRAIN
 
 Floats = NDArray[np.float64]
@@ -126,12 +127,14 @@ def _actions(rules: Sequence[Rule], now: Ints, masks: Bools) -> Ints:
     return actions
 
 
-def cost(course: Course, traces: Traces, chooser: Chooser) -> Floats:
-    """(traces,): mean cost of a request, in reference times."""
-    records = simulate(course.params, traces, chooser)
-    penalty, counted = course.params.penalty, records.counted()
-    each = records.total_s / penalty.t_ref_s + penalty.w_energy * records.device_j / penalty.e_ref_j
-    return np.array([np.nanmean(each[e][counted[e]]) for e in range(len(each))])
+def costs(course: Course, traces: Traces, choosers: Sequence[Chooser]) -> list[Floats]:
+    """(traces,) of each chooser: mean cost of a request, in reference times."""
+    penalty, found = course.params.penalty, list[Floats]()
+    for records in simulate_each(course.params, traces, choosers):
+        counted = records.counted()
+        each = records.total_s / penalty.t_ref_s + penalty.w_energy * records.device_j / penalty.e_ref_j
+        found.append(np.array([np.nanmean(each[e][counted[e]]) for e in range(len(each))]))
+    return found
 
 
 def lesson(course: Course, seed: int, worlds: int, requests: int, samples: int) -> Lesson:
@@ -140,26 +143,27 @@ def lesson(course: Course, seed: int, worlds: int, requests: int, samples: int) 
     per_device, worlds = max(requests // devices, 16), max(worlds // devices**0.5, 6)
     traces = draw(course.params, TRAIN.seed + seed, range(int(worlds)), per_device, TRAIN.spread)
 
-    def saved(rules: Sequence[Rule]) -> Floats:
-        return neutral - cost(course, traces, _Holding(course.guide, rules))
+    def saved(rules: Sequence[Rule], *others: Sequence[Rule]) -> list[Floats]:
+        holding = [_Holding(course.guide, each) for each in (rules, *others)]
+        return [neutral - one for one in costs(course, traces, holding)]
 
-    neutral = cost(course, traces, _Holding(course.guide, ()))
+    (neutral,) = costs(course, traces, [_Holding(course.guide, ())])
     best, gain = list[Rule](), np.zeros(len(neutral))
     for rule in outlooks(course):
-        if _loses_nothing((one := saved([*best, rule])) - gain, neutral):
+        if _loses_nothing((one := saved([*best, rule])[0]) - gain, neutral):
             best, gain = [*best, rule], one
-    tried = [(rule, saved([*best, rule]) - gain) for rule in candidates(course)]
-    helps = [(rule, one) for rule, one in tried if _counts(one, neutral)]
+    tried = list(candidates(course))
+    alone = [one - gain for one in saved(*([*best, rule] for rule in tried))] if tried else []
+    helps = [(rule, one) for rule, one in zip(tried, alone, strict=True) if _counts(one, neutral)]
     start = len(best)
-    for rule, alone in sorted(helps, key=lambda each: -each[1].mean()):
+    for rule, by_itself in sorted(helps, key=lambda each: -each[1].mean()):
         if any(rule.head == other.head and set(rule.when) & set(other.when) for other in best):
             continue
-        one = saved([*best, rule]) - gain if len(best) > start else alone
+        one = saved([*best, rule])[0] - gain if len(best) > start else by_itself
         if _counts(one, neutral):
             best, gain = [*best, rule], gain + one
     shown = [_Holding(course.guide, rules, best) for rules in ([(), best] if best else [()])]
-    for each in shown:
-        cost(course, traces, each)
+    costs(course, traces, shown)
     seen, actions, when = (
         np.concatenate([part for each in shown for part in getattr(each, name)]) for name in ("seen", "actions", "when")
     )
@@ -243,4 +247,4 @@ def lessons(
     return found
 
 
-__all__ = ["Lesson", "Moment", "Rule", "candidates", "lesson", "lessons", "moments", "outlooks"]
+__all__ = ["Lesson", "Moment", "Rule", "candidates", "costs", "lesson", "lessons", "moments", "outlooks"]

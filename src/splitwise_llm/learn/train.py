@@ -86,7 +86,7 @@ class Config:
     """Logit that neutral values have over the others in the beginning: the larger, the more knobs are left alone."""
     validate_every: int = 5
     """Updates."""
-    validation: int = 16
+    validation: int = 24
     """Courses set apart."""
     validation_worlds: int = 24
 
@@ -305,7 +305,7 @@ def train(
         taught = _taught(config, drawn, folder, processes, tell)
         _imitate(config, folder, state, model, env, taught, validation, tell)
     else:
-        state["alone"] = _saved(validation.judge(freed(start, ())))
+        state["alone"] = _saved(*validation.judge(freed(start, ())))
         state["began"] = _judge(folder, state, "the weights it began at", start, validation, tell).worth
     model._setup_learn(config.updates * config.steps * env.num_envs, None, reset_num_timesteps=True)
     if start is None and not state["curve"]:
@@ -401,7 +401,7 @@ def _judge(
     folder: Path, state: dict[str, Any], name: str, mind: Network, validation: Validation, tell: Tell
 ) -> Judgement:  # fmt: skip
     """What these weights save; the best so far are kept."""
-    found = validation.judge(mind)
+    (found,) = validation.judge(mind)
     _keep(folder, state, name, mind, found, tell)
     return found
 
