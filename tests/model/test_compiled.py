@@ -20,6 +20,7 @@ from splitwise_llm.errors import BrokenInvariant, RequestError
 from splitwise_llm.model import compiled
 from splitwise_llm.model.checkpoint import Checkpoint, locate
 from splitwise_llm.model.linear import Full, Int4, Int8, linear_of, table_of
+from splitwise_llm.model.packed import DEEP, TOGETHER, Packed
 from splitwise_llm.model.weights import Resident
 from splitwise_llm.spec import Dtype, Kernels, Weights
 
@@ -122,6 +123,59 @@ def test_a_full_row_has_the_same_bits_whatever_rows_come_with_it(
         assert ((together.double() - want).abs() <= room).all()
         few = x[: compiled.OWN_FULL_ROWS]
         assert torch.equal(layer(few), torch.cat([layer(row) for row in few.split(1)]))
+
+
+def packed_by_hand(weight: torch.Tensor, width: int) -> Packed:
+    """As oneDNN packs, on any processor: some in blocks of 64 outputs, some of 32."""
+    (outputs, columns), together = weight.shape, TOGETHER[weight.dtype]
+    padded = F.pad(weight, (0, -columns % (DEEP * together), 0, -outputs % width))
+    lines = padded.view(-1, width, padded.shape[1] // (DEEP * together), DEEP, together)
+    blocks = lines.permute(0, 2, 3, 1, 4).contiguous()
+    return Packed(blocks, blocks, outputs, columns, blocks.nbytes)
+
+
+# Dies when model/products.c says `gap = {128, width * 4}` for `gap = {width == 64 ? 128 : deep / 2, width * 4}`.
+# Dies when model/compiled.py says `len(weight.blocks) // 2, weight.nbytes` for
+# `-(-weight.out_features // OUTPUTS), weight.nbytes`.
+@served
+@given(st.integers(1, 16), st.sampled_from(FULL_DTYPES), OUT, FULL_IN, st.booleans())
+@settings(max_examples=100)
+def test_blocks_of_32_outputs_have_the_bits_of_blocks_of_64(
+    rows: int, dtype: torch.dtype, outputs: int, inputs: int, in_pairs: bool
+) -> None:
+    own, weight, x = compiled.kernels(), gaussian(outputs, inputs).to(dtype), gaussian(rows, inputs, seed=1).to(dtype)
+    wide, narrow = (packed_by_hand(weight, width) for width in (64, 32))
+    every = torch.arange(outputs)
+    assert torch.equal(wide.lookup(every), weight)
+    assert torch.equal(narrow.lookup(every), weight)
+    with pytest.MonkeyPatch.context() as patch:
+        if not in_pairs:
+            patch.setattr(own, "bf16_product", own._library.bf16_product)
+        y = own.full(x, narrow)
+        assert torch.equal(y, own.full(x, wide))
+    want = x.double() @ weight.double().t()
+    room = 1e-6 * x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1) + want.abs() * 2**-8
+    assert ((y.double() - want).abs() <= room).all()
+
+
+@served
+@pytest.mark.parametrize("outputs", [32, 1056, 2080, 2112])
+def test_threads_share_blocks_of_32_outputs(outputs: int) -> None:
+    weight, x = gaussian(outputs, 1056).bfloat16(), gaussian(3, 1056, seed=1).bfloat16()
+    own, narrow, before = compiled.kernels(), packed_by_hand(weight, 32), torch.get_num_threads()
+    alone = own.full(x, narrow)
+    try:
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(own.full(x, narrow), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@served
+def test_int8_in_blocks_of_32_outputs_is_not_taken_for_64() -> None:
+    with pytest.raises(BrokenInvariant, match="blocks of 32 outputs"):
+        compiled.Int8Product(packed_by_hand(gaussian(64, 64).to(torch.int8), 32), torch.ones(64))
 
 
 @served

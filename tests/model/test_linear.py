@@ -112,6 +112,16 @@ def test_this_processor_packs_what_oneDNN_multiplies_fast(form: Weights, dtype: 
     assert small._packed is None, "a call of oneDNN costs more than reading so little"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("filled", [5, 37, 70])
+def test_a_weight_of_almost_all_zeros_is_read_as_it_was_packed(filled: int, dtype: torch.dtype) -> None:
+    weight = torch.zeros(256, 768, dtype=dtype)  # nor do the lines tell that are looked at first
+    weight[filled] = gaussian(1, 768)[0].to(dtype)
+    with packing():
+        layer = linear_of(weight, Weights.FULL, dtype)
+    assert torch.equal(layer.dequantised(), weight.float())
+
+
 @given(st.integers(1, 17), st.sampled_from(DTYPES), st.floats(-30, 30))
 @settings(max_examples=40)
 def test_a_packed_int8_row_gives_the_same_bits_whatever_rows_come_with_it(

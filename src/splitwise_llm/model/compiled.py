@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from splitwise_llm.errors import BrokenInvariant, RequestError
-from splitwise_llm.model.packed import DEEP, INT8_ROWS, OUTPUTS, Packed, product_of_halves
+from splitwise_llm.model.packed import DEEP, INT8_ROWS, Packed, product_of_halves
 from splitwise_llm.spec import Dtype, Kernels, Weights
 
 FLAGS = ("-O3", "-shared", "-fPIC", "-ffp-contract=off")  # no step may be fused for one number of rows only
@@ -34,6 +34,8 @@ OWN_INT8_ROWS = 16
 """More are multiplied by oneDNN, with the same bits."""
 OWN_FULL_ROWS = 16
 """More are multiplied by oneDNN. A few of `products.c`'s have one's bits each, which those of oneDNN have not."""
+OUTPUTS = 64
+"""Outputs that are computed together; for full weights also where they lie in blocks of 32."""
 BETWEEN_STEP = 16
 """Numbers of a row that are computed together."""
 COMPILE_S = 120.0
@@ -102,6 +104,8 @@ class Library:
 
     def int8_sums(self, weight: Packed) -> Tensor:
         """Of all weights of each output, int32 (outputs, padded to blocks)."""
+        if weight.width != OUTPUTS:  # or weights are taken for those of other outputs
+            raise BrokenInvariant(f"a product of int8 was given blocks of {weight.width} outputs")
         blocks, deep = weight.blocks.shape[:2]
         sums = torch.empty(blocks * OUTPUTS, dtype=torch.int32)
         self._library.int8_sums(_at(weight.blocks), deep * _COLUMN_STEP, blocks, _at(sums))
@@ -132,8 +136,8 @@ class Library:
             x = F.pad(x, (0, x.shape[1] % 2))
         x = x.contiguous()
         y = torch.empty(len(x), weight.out_features, dtype=x.dtype)
-        given = _at(x), _at(weight.blocks), _at(y), *x.shape, weight.out_features
-        self._spread(product, given, len(weight.blocks), weight.nbytes)
+        given = _at(x), _at(weight.blocks), _at(y), *x.shape, weight.out_features, weight.width
+        self._spread(product, given, -(-weight.out_features // OUTPUTS), weight.nbytes)
         return y
 
     # Between products, in fp32 or bf16: widths are multiples of BETWEEN_STEP
@@ -218,7 +222,7 @@ def kernels() -> Library:
     if library.can_multiply_pairs():
         full.append(library.bf16_pairs_product)
     for product in full:
-        product.argtypes = [*[pointer] * 3, *[count] * 5]
+        product.argtypes = [*[pointer] * 3, *[count] * 6]
     library.rms_norm.argtypes = [*[pointer] * 3, count, count, ctypes.c_float, ctypes.c_int]
     library.gated.argtypes = [pointer, pointer, count, count, ctypes.c_int]
     low_bit = [library.halves_of, library.int8_sums, library.int8_product, library.int4_product]

@@ -9,14 +9,15 @@ missing or packs otherwise (other processors), there is no packed form, and noth
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import cache
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-OUTPUTS = 64
-"""Outputs that lie together."""
+WIDTHS = {torch.float32: (64,), torch.bfloat16: (64, 32), torch.int8: (64,)}
+"""Outputs that lie together, as seen so far: 64, but 32 of bf16 on processors with AMX."""
 TOGETHER = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
 """Columns of one output that lie together: four bytes."""
 DEEP = 16
@@ -38,7 +39,7 @@ _NO_ZERO = torch.zeros(1, dtype=torch.int64)
 
 class Packed(NamedTuple):
     """A weight in oneDNN's own layout. `blocks` shows the same memory, which `opaque` owns:
-    (out / 64, in / deep, 16, 64, columns together)."""
+    (out / width, in / deep, 16, width, columns together)."""
 
     opaque: Tensor
     blocks: Tensor
@@ -46,13 +47,18 @@ class Packed(NamedTuple):
     in_features: int
     nbytes: int
 
+    @property
+    def width(self) -> int:
+        """Outputs that lie together."""
+        return self.blocks.shape[3]
+
     def product(self, x: Tensor) -> Tensor:
         """x @ weight.T for x (rows, in_features) of the dtype of the weight."""
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise.default(x, self.opaque, None, "none", [], ""))
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows of the weight, (ids, in_features)."""
-        return self.blocks[ids // OUTPUTS, :, :, ids % OUTPUTS].flatten(1)[:, : self.in_features].contiguous()
+        return self.blocks[ids // self.width, :, :, ids % self.width].flatten(1)[:, : self.in_features].contiguous()
 
 
 def pack(weight: Tensor) -> Packed | None:
@@ -123,26 +129,37 @@ def _multiplies_bytes_exactly() -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.cpu._is_vnni_supported():  # type: ignore[no-untyped-call]
         return False
     # Neighbours that are both large: without VNNI their sum is cut off at 16 bits.
-    values = torch.tensor([127, 127, 127, 127, -127, -127, 1, 64], dtype=torch.int8).repeat(OUTPUTS, 32)
+    values = torch.tensor([127, 127, 127, 127, -127, -127, 1, 64], dtype=torch.int8).repeat(64, 32)
     x = torch.tensor([255, 255, 0, 0, 255, 255, 128, 129], dtype=torch.uint8).repeat(2, 32)
     packed = _pack_int8(values)
     if packed is None:
         return False
     want = (x.float() - 128) @ values.float().t()
-    return torch.equal(_bytes_product(x, packed.opaque, torch.ones(OUTPUTS)), want)
+    return torch.equal(_bytes_product(x, packed.opaque, torch.ones(64)), want)
 
 
 def _known(opaque: Tensor, weight: Tensor) -> Packed | None:
     """`weight` as packed, if that follows the rule."""
+    if int(torch.ops.mkldnn._nbytes(opaque)) > MOST_PADDING * weight.nbytes:
+        return None
+    outputs = len(weight)
+    some = torch.tensor(sorted({0, 1 % outputs, outputs // 2, outputs - 1}))
+    read = (_read(opaque, weight, width) for width in WIDTHS[weight.dtype])
+    found = [packed for packed in read if packed is not None and torch.equal(packed.lookup(some), weight[some])]
+    if len(found) > 1:  # those rows are zeros, or as alike
+        found = [packed for packed in found if torch.equal(packed.lookup(torch.arange(outputs)), weight)]
+    return found[0] if found else None
+
+
+def _read(opaque: Tensor, weight: Tensor, width: int) -> Packed | None:
+    """As if so many outputs lay together, if there is memory for that."""
     outputs, columns = weight.shape
     together = TOGETHER[weight.dtype]
-    shape = -(-outputs // OUTPUTS), -(-columns // (DEEP * together)), DEEP, OUTPUTS, together
-    count = shape[0] * shape[1] * DEEP * OUTPUTS * together
+    shape = -(-outputs // width), -(-columns // (DEEP * together)), DEEP, width, together
+    count = math.prod(shape)
     num_bytes = int(torch.ops.mkldnn._nbytes(opaque))
-    if count * weight.element_size() > num_bytes or num_bytes > MOST_PADDING * weight.nbytes:
+    if count * weight.element_size() > num_bytes:
         return None
     memory = (ctypes.c_byte * num_bytes).from_address(int(torch.ops.mkldnn.data_ptr(opaque)))
     blocks = torch.frombuffer(memory, dtype=weight.dtype, count=count).view(shape)
-    packed = Packed(opaque, blocks, outputs, columns, num_bytes)
-    some = torch.tensor(sorted({0, 1 % outputs, outputs // 2, outputs - 1}))
-    return packed if torch.equal(packed.lookup(some), weight[some]) else None
+    return Packed(opaque, blocks, outputs, columns, num_bytes)

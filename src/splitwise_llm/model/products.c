@@ -4,7 +4,7 @@
  * For low-bit weights a row of activations becomes 16 bits a number, in two bytes, each a half of the number, plus 128
  * where it must not be negative. Products of bytes are summed exactly, and all that is rounded is rounded row by row: a
  * row has the same bits whatever rows are beside it. So it has with fp32 and bf16, where every sum has its order.
- * Weights lie as torch and oneDNN have packed them, in blocks of 64 outputs. */
+ * Weights lie as torch and oneDNN have packed them, in blocks of 64 outputs, or where that is said of 32. */
 
 #include <stdint.h>
 
@@ -209,21 +209,40 @@ FAST void int4_product(const uint8_t *low, const uint8_t *high, const float *sum
 #define TURN 6   /* rows at a time, as many as registers hold the sums of */
 #define MOST 16  /* rows, for which sums are kept */
 
+/* Where the weights of 64 outputs lie: those of 32 together, the other 32 `far` bytes from them, the next step `next`
+ * bytes on. So two blocks of 32 are multiplied as one of 64. */
+typedef struct { long far, next; } spacing;
+
 /* Adds to sums (rows, 64) the products of a tile with one to TURN rows, `stride` bytes apart. */
-typedef void tile_product(const char *x, long stride, const char *weights, float (*sums)[64], long steps, long rows);
+typedef void tile_product(const char *x, long stride, const char *weights, spacing gap, float (*sums)[64], long steps,
+                          long rows);
 
 #define TILES(name, target, steps_of)                                                                                  \
-    target static void name(const char *x, long stride, const char *weights, float (*sums)[64], long steps, long rows) \
+    target static inline __attribute__((always_inline)) void name##_spaced(                                            \
+        const char *x, long stride, const char *weights, spacing gap, float (*sums)[64], long steps, long rows)        \
     {                                                                                                                  \
         switch (rows) {                                                                                                \
-        case 1: steps_of(x, stride, weights, sums, steps, 1); break;                                                   \
-        case 2: steps_of(x, stride, weights, sums, steps, 2); break;                                                   \
-        case 3: steps_of(x, stride, weights, sums, steps, 3); break;                                                   \
-        case 4: steps_of(x, stride, weights, sums, steps, 4); break;                                                   \
-        case 5: steps_of(x, stride, weights, sums, steps, 5); break;                                                   \
-        default: steps_of(x, stride, weights, sums, steps, TURN);                                                      \
+        case 1: steps_of(x, stride, weights, gap, sums, steps, 1); break;                                              \
+        case 2: steps_of(x, stride, weights, gap, sums, steps, 2); break;                                              \
+        case 3: steps_of(x, stride, weights, gap, sums, steps, 3); break;                                              \
+        case 4: steps_of(x, stride, weights, gap, sums, steps, 4); break;                                              \
+        case 5: steps_of(x, stride, weights, gap, sums, steps, 5); break;                                              \
+        default: steps_of(x, stride, weights, gap, sums, steps, TURN);                                                 \
         }                                                                                                              \
+    }                                                                                                                  \
+    target static void name(const char *x, long stride, const char *weights, spacing gap, float (*sums)[64],           \
+                            long steps, long rows)                                                                     \
+    {                                                                                                                  \
+        if (gap.next == 256) /* known when it is compiled: 7 % of fp32 with one row */                                 \
+            name##_spaced(x, stride, weights, (spacing){128, 256}, sums, steps, rows);                                 \
+        else                                                                                                           \
+            name##_spaced(x, stride, weights, gap, sums, steps, rows);                                                 \
     }
+
+INLINE const char *part_of(const char *weights, spacing gap, const int part)
+{
+    return weights + (part >> 1) * gap.far + 64 * (part & 1);
+}
 
 INLINE void add_tile(float (*sums)[64], __m512 (*sum)[4], const int rows)
 {
@@ -234,7 +253,7 @@ INLINE void add_tile(float (*sums)[64], __m512 (*sum)[4], const int rows)
         }
 }
 
-INLINE void steps_in_fp32(const char *x, long stride, const char *weights, float (*sums)[64], long steps,
+INLINE void steps_in_fp32(const char *x, long stride, const char *weights, spacing gap, float (*sums)[64], long steps,
                           const int is_bf16, const int rows)
 {
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000); /* bf16: the upper half of a float */
@@ -242,9 +261,9 @@ INLINE void steps_in_fp32(const char *x, long stride, const char *weights, float
     for (int row = 0; row < rows; row++)
         for (int part = 0; part < 4; part++)
             sum[row][part] = _mm512_setzero_ps();
-    for (long step = 0; step < steps; step++, x += 4, weights += 256)
+    for (long step = 0; step < steps; step++, x += 4, weights += gap.next)
         for (int part = 0; part < 4; part++) {
-            __m512i both = _mm512_loadu_si512(weights + 64 * part);
+            __m512i both = _mm512_loadu_si512(part_of(weights, gap, part));
             __m512 first = _mm512_castsi512_ps(is_bf16 ? _mm512_slli_epi32(both, 16) : both);
             __m512 second = _mm512_castsi512_ps(_mm512_and_si512(both, upper));
             for (int row = 0; row < rows; row++) {
@@ -260,20 +279,25 @@ INLINE void steps_in_fp32(const char *x, long stride, const char *weights, float
     add_tile(sums, sum, rows);
 }
 
-#define FP32_STEPS(x, stride, weights, sums, steps, rows) steps_in_fp32(x, stride, weights, sums, steps, 0, rows)
-#define WIDE_STEPS(x, stride, weights, sums, steps, rows) steps_in_fp32(x, stride, weights, sums, steps, 1, rows)
+#define FP32_STEPS(x, stride, weights, gap, sums, steps, rows) \
+    steps_in_fp32(x, stride, weights, gap, sums, steps, 0, rows)
+#define WIDE_STEPS(x, stride, weights, gap, sums, steps, rows) \
+    steps_in_fp32(x, stride, weights, gap, sums, steps, 1, rows)
 TILES(fp32_tile, FAST, FP32_STEPS)
 TILES(wide_tile, FAST, WIDE_STEPS)
 
 FAST static void full_product(const char *x, const char *weights, char *y, long rows, long columns, long outputs,
-                              long first, long last, tile_product *product, int is_bf16)
+                              long width, long first, long last, tile_product *product, int is_bf16)
 {
     const long size = is_bf16 ? 2 : 4, stride = columns * size, steps = stride / 4, deep = (steps + 15) / 16 * 4096;
+    spacing gap = {width == 64 ? 128 : deep / 2, width * 4};
     for (long block = first; block < last; block++) {
+        if (width == 32 && block * 64 + 32 >= outputs)
+            gap.far = 0; /* a block without a second: instead itself, of which nothing is stored */
         float sums[MOST][64] = {{0}};
         for (long step = 0; step < steps; step += TILE)
             for (long row = 0; row < rows; row += TURN)
-                product(x + row * stride + step * 4, stride, weights + block * deep + step * 256, sums + row,
+                product(x + row * stride + step * 4, stride, weights + block * deep + step * gap.next, gap, sums + row,
                         steps - step < TILE ? steps - step : TILE, rows - row);
         for (long row = 0; row < rows; row++)
             for (long at = 0; at < 64; at += 16) {
@@ -288,19 +312,19 @@ FAST static void full_product(const char *x, const char *weights, char *y, long 
     }
 }
 
-/* y (rows, outputs) of blocks first to last of weights as oneDNN packs them, (outputs / 64, columns / 16, 16, 64);
- * at most 16 rows. */
-FAST void fp32_product(const void *x, const void *weights, void *y, long rows, long columns, long outputs, long first,
-                       long last)
+/* y (rows, outputs) of the outputs from 64 * first to 64 * last of weights as oneDNN packs them, (outputs / width,
+ * columns / 16, 16, width) for a width of 64 or 32, with the same bits; at most 16 rows. */
+FAST void fp32_product(const void *x, const void *weights, void *y, long rows, long columns, long outputs,
+                       long width, long first, long last)
 {
-    full_product(x, weights, y, rows, columns, outputs, first, last, fp32_tile, 0);
+    full_product(x, weights, y, rows, columns, outputs, width, first, last, fp32_tile, 0);
 }
 
-/* The same in bf16, (outputs / 64, columns / 32, 16, 64, 2), summed in fp32; columns are even. */
-FAST void bf16_product(const void *x, const void *weights, void *y, long rows, long columns, long outputs, long first,
-                       long last)
+/* The same in bf16, (outputs / width, columns / 32, 16, width, 2), summed in fp32; columns are even. */
+FAST void bf16_product(const void *x, const void *weights, void *y, long rows, long columns, long outputs,
+                       long width, long first, long last)
 {
-    full_product(x, weights, y, rows, columns, outputs, first, last, wide_tile, 1);
+    full_product(x, weights, y, rows, columns, outputs, width, first, last, wide_tile, 1);
 }
 
 #if defined(__clang__) || __GNUC__ >= 10
@@ -312,15 +336,16 @@ int can_multiply_pairs(void)
 }
 
 PAIRS static inline __attribute__((always_inline)) void steps_in_pairs(const char *x, long stride, const char *weights,
-                                                                       float (*sums)[64], long steps, const int rows)
+                                                                       spacing gap, float (*sums)[64], long steps,
+                                                                       const int rows)
 {
     __m512 sum[TURN][4];
     for (int row = 0; row < rows; row++)
         for (int part = 0; part < 4; part++)
             sum[row][part] = _mm512_setzero_ps();
-    for (long step = 0; step < steps; step++, x += 4, weights += 256)
+    for (long step = 0; step < steps; step++, x += 4, weights += gap.next)
         for (int part = 0; part < 4; part++) {
-            __m512bh both = (__m512bh)_mm512_loadu_si512(weights + 64 * part);
+            __m512bh both = (__m512bh)_mm512_loadu_si512(part_of(weights, gap, part));
             for (int row = 0; row < rows; row++)
                 sum[row][part] = _mm512_dpbf16_ps(sum[row][part],
                                                   (__m512bh)four_of((const uint8_t *)x + row * stride), both);
@@ -332,9 +357,9 @@ TILES(pairs_tile, PAIRS, steps_in_pairs)
 
 /* As bf16_product, with the processor's own products of pairs. */
 FAST void bf16_pairs_product(const void *x, const void *weights, void *y, long rows, long columns, long outputs,
-                             long first, long last)
+                             long width, long first, long last)
 {
-    full_product(x, weights, y, rows, columns, outputs, first, last, pairs_tile, 1);
+    full_product(x, weights, y, rows, columns, outputs, width, first, last, pairs_tile, 1);
 }
 
 #else
