@@ -26,8 +26,9 @@ ROWS = 16
 """What oneDNN is told to expect; for 1 it leaves fp32 plain."""
 LEAST_BYTES = 1 << 20
 """A smaller weight is soon read, and what a call of oneDNN costs on top (0.01 to 0.03 ms) is never won back."""
-INT8_ROWS = 256
-"""More are multiplied in turns: on the way a product takes eight bytes per output of each row."""
+INT8_ROWS = 64
+"""More are multiplied in turns: on the way a product takes eight bytes per output of each row. Larger turns were no
+faster, of 398 rows by 11264 x 2048."""
 MOST_PADDING = 1.03
 """A packed weight may take so many times its bytes."""
 _HALF = torch.tensor([32512.0])
