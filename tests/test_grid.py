@@ -65,6 +65,13 @@ def test_neutral_weights_are_exact_drift_plus_penalty_in_every_request(weights: 
     assert tools or not np.array_equal(plain.total_s, dear.total_s)  # with tools the cloud is not used at all
 
 
+def test_where_every_cell_is_kept_no_table_is_made(weights: Path) -> None:
+    # Dies when bench/cells.py says `if True:` for `if choosers:  # else tables would be made that nobody needs`.
+    setting = Setting(FLAKY, FLAKY.cases[0], Size(2, 10, 5), weights=weight_files(weights))
+    setting.run_each([])
+    assert "tables" not in setting.__dict__
+
+
 def test_a_cell_says_how_often_it_fell_back_and_which_knobs_it_turned(weights: Path) -> None:
     setting = small(weights)
     assert setting.turned("drift") is None

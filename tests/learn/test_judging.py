@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from splitwise_llm.learn import train
 from splitwise_llm.learn.courses import Course, course
 from splitwise_llm.learn.forks import in_forks
 from splitwise_llm.learn.judging import HARM, WHOLE, Judgement, Validation, candidates, freed
@@ -150,3 +153,38 @@ def test_neutral_knobs_save_nothing_whoever_simulates_and_what_was_lived_counts_
 def test_forks_answer_in_order_and_inherit_what_cannot_travel() -> None:
     for processes in (1, 3):
         assert list(in_forks(lambda n: n * n, 5, processes)) == [0, 1, 4, 9, 16]
+
+
+class Learner:
+    """What a run writes of its learner, and nothing of it."""
+
+    class logger:
+        @staticmethod
+        def record(name: str, value: float) -> None: ...
+
+    low = high = np.zeros(1, np.float32)
+
+    def save(self, path: str, exclude: list[str]) -> None: ...
+
+
+# Dies when learn/train.py says `may=True)` for `may=began or helps(found))`.
+# Dies when learn/train.py says `may=helps(found))` for `may=began or helps(found))`.
+@pytest.mark.parametrize(
+    ("state", "kept"),
+    [
+        ({"best": 0.0}, False),  # from nothing: worth more than the outlook alone, but in one course only
+        ({"best": -0.1, "began": -0.1}, True),  # it began at less than the outlook alone: what is better is kept
+        ({"best": 0.2, "began": 0.2}, False),
+    ],
+)
+def test_weights_are_kept_where_they_surpass_the_outlook_or_what_a_run_began_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Any], kept: bool
+) -> None:
+    simple = judged(0.01, 0.02, 0.0, 0.0)
+    one = judged(0.01, 0.02, 0.0, 0.1) if "began" not in state else judged(0.005, 0.01, 0.0, 0.0)
+    begun = {"alone": {"each": simple.each, "errors": simple.errors}, "updates": 0, "curve": []} | state
+    told: list[str] = []
+    monkeypatch.setattr(train, "network", lambda *_: turning())
+    monkeypatch.setattr(train, "candidates", lambda mind, *_: [("a knob", mind, one)])
+    train._validate(tmp_path, begun, Learner(), Learner(), None, told.append)  # type: ignore[arg-type]
+    assert ("the best so far" in told[0]) == (tmp_path / "splitwise.npz").exists() == kept

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from worlds import CLOUD, EDGE, LINK, Exact, Only, U, table
 
+from splitwise_llm.cost import Job
 from splitwise_llm.lyapunov import Budgets, Penalty
+from splitwise_llm.observation import Menu
 from splitwise_llm.sim import episode
 from splitwise_llm.sim.draws import draw
 from splitwise_llm.sim.episode import Records, simulate, simulate_each
@@ -56,6 +59,31 @@ def test_more_devices_than_go_together_go_in_parts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(episode, "SIDE_BY_SIDE", 5)
     for one, other in zip(simulate_each(params, traces, CHOOSERS), whole, strict=True):
         assert_same(one, other)
+
+
+# Dies when sim/episode.py says `if not chosen:` for `if chosen[-1].shape != (last - first,):`.
+@pytest.mark.parametrize("answers", [1, 2])
+def test_too_few_answers_are_an_error_and_are_not_laid_over_all(answers: int) -> None:
+    class Terse:
+        def choose(self, menu: Menu) -> NDArray[np.int64]:
+            return np.zeros(answers, np.int64)
+
+    params = settings(CloudProcess(), 1)
+    traces = draw(params, 4, range(3), 2, 0.2)
+    with pytest.raises(ValueError, match=r"answered .* about \d systems"):
+        simulate_each(params, traces, [Terse(), Only(EDGE)])
+
+
+def test_the_same_figures_with_several_tables_until_a_moment_and_on_a_battery() -> None:
+    several = Physics([table(), table(job=Job(512, 64)), table(), table(job=Job(512, 64))])
+    asleep = replace(FLAKY, idle_after_s=1.0, wake_s=0.3)
+    params = replace(
+        settings(CloudProcess(), 2), physics=several, link=asleep, kinds=(0, 1), prompt_classes=(128, 512),
+        battery=True, failed_moves=0.3,
+    )  # fmt: skip
+    traces = draw(params, 4, range(2), 3, 0.2)
+    for chooser, records in zip(CHOOSERS, simulate_each(params, traces, CHOOSERS, 12.0), strict=True):
+        assert_same(records, simulate(params, traces, chooser, 12.0))
 
 
 def test_nobody_is_simulated_for_nobody() -> None:

@@ -162,8 +162,9 @@ class Setting:
                 if isinstance(chooser, Mind):  # its tables are kept, its counts begin with the traces
                     chooser = self._minds[policy] = replace(chooser, tally=Tally())
                 choosers[policy] = chooser
-        found = simulate_each(self.params, self.traces, list(choosers.values()))
-        self._results |= dict(zip(choosers, found, strict=True))
+        if choosers:  # else tables would be made that nobody needs
+            found = simulate_each(self.params, self.traces, list(choosers.values()))
+            self._results |= dict(zip(choosers, found, strict=True))
 
     def turned(self, policy: str) -> tuple[float, dict[str, float]] | None:
         """How a learned policy that was run decided: share of the decisions that exact drift plus penalty made in its

@@ -65,8 +65,10 @@ def activation_bytes(spec: ModelSpec, rows: int, dtype: Dtype) -> int:
     """Bytes of what `rows` positions computed at once leave beside weights and cache, as `model/share.py` computes.
 
     Attention: the stream, queries with keys and values as projected, queries and keys rotated, both once more in fp32
-    (two elements each), and what was attended to. FFN: the stream and one tensor per matrix. Both halves count though
-    one is computed at a time: the C library keeps what one has freed, and the tensors of the other are of other sizes.
+    (two elements each, as in 16 bits; of fp32 itself that is too much), and what was attended to. FFN: the stream and
+    one tensor per matrix. Both halves count though one is computed at a time: the C library keeps what one has freed,
+    and the tensors of the other are of other sizes. What attention makes of positions before these, in fp32, and
+    blocks of its scores are not counted: they matter where a long prompt is computed in short chunks.
     """
     kv = spec.num_kv_heads * spec.head_dim
     queries = spec.heads_per_group * kv

@@ -74,7 +74,7 @@ class Judgement:
 
     def surpasses(self, simpler: Judgement) -> bool:
         """Whether it saves more than `simpler` weights, on the same courses, by more than may be chance: they stand for
-        those that were not drawn. So one course alone never decides."""
+        those that were not drawn. So one course of several never decides alone."""
         more = self.logs - simpler.logs
         error = more.std(ddof=1) / len(more) ** 0.5 if len(more) > 1 else 0.0
         return bool(more.mean() > SURE * error * (1 + ROUNDING))

@@ -10,7 +10,7 @@
    and the prices of budgets rise while they are overspent (`env`).
 5. From time to time what was learned is judged on courses set apart (`judging`), as it is and knob by knob, and the
    best is kept, beside the learner's state: a run that was stopped goes on from there. The first to be judged is the
-   outlook alone, which stays unless something saves more than it beyond doubt.
+   outlook alone, which stays unless something saves more than it by more than a standard error.
 
 Same seed, same machine type: the same weights.
 """
@@ -381,8 +381,8 @@ def _validate(
     alone, began = Judgement(**state["alone"]), "began" in state
 
     def helps(found: Judgement) -> bool:
-        """Nobody begins at a simpler policy than the outlook alone; with weights to begin at, what was lived counts,
-        which is one course among many."""
+        """Beside the outlook alone. With weights to begin at, what was lived counts, which is one course among many:
+        there its worth is enough."""
         return found.worth > alone.worth if began else found.surpasses(alone)
 
     for name, mind, found in candidates(network(model, env), validation, helps):
@@ -391,7 +391,7 @@ def _validate(
             for course, one in zip(validation.names, found.each, strict=True):
                 model.logger.record(f"validation/{course}", one)
             state["curve"].append([state["updates"], found.gain])
-        _keep(folder, state, name, mind, found, tell, may=helps(found))
+        _keep(folder, state, name, mind, found, tell, may=began or helps(found))
     model.save(str(folder / "learner.zip"), exclude=["rollout_buffer", "env"])
     np.savez(folder / "range.npz", low=env.low, high=env.high)
     _write(folder, state)

@@ -275,13 +275,16 @@ def _ask(params: Params, traces: Traces, state: State, each: Sequence[Run]) -> N
     in_flight, size = getattr(each[0].chooser, "in_flight", True), len(state.now) // len(each)
     for question in questions(params, traces, state, in_flight, apart=size):
         ends = np.searchsorted(question.slots[0], np.arange(len(each) + 1) * size).tolist()
-        choice = np.empty(len(question.slots[0]), np.int64)
+        chosen: list[Ints] = []
         for run, first, last in zip(each, ends, ends[1:], strict=False):
             if first < last:
-                some = question.menu if last - first == len(choice) else question.menu.at(slice(first, last))
-                choice[first:last] = run.chooser.choose(some)
+                is_whole = last - first == len(question.slots[0])
+                some = question.menu if is_whole else question.menu.at(slice(first, last))
+                chosen.append(np.asarray(run.chooser.choose(some)))
+                if chosen[-1].shape != (last - first,):  # or it is laid over all, or taken for a neighbour's
+                    raise ValueError(f"a chooser answered {chosen[-1].shape} about {last - first} systems")
                 run.records.decisions += last - first
-        _note(each, answer(params, traces, state, question, choice), None)
+        _note(each, answer(params, traces, state, question, np.concatenate(chosen)), None)
 
 
 def _note(each: Sequence[Run], ended: list[Ended], noted: Noted | None) -> None:
