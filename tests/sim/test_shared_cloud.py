@@ -141,6 +141,23 @@ def test_load_is_known_as_it_was_when_it_was_published() -> None:
         assert (seen.conditions[0, PHYSICS.places.wait] == 0) == empty
 
 
+# Dies when sim/asking.py says `s.published[e, 4]` for `s.published[e, 3]`.
+@pytest.mark.parametrize(("sessions", "full"), [(2, True), (5, False)])
+def test_who_is_served_is_no_queue_before_the_cloud_and_who_waits_is(sessions: int, full: bool) -> None:
+    """Four requests are there when the fifth comes: with five slots it keeps nobody waiting, and is charged nothing for
+    those four."""
+    setting = params(5, sessions=sessions)
+    traces = together(setting, apart_s=0.05)
+    going = Run.begin(setting, traces, Only(CLOUD, in_flight=False))
+    queue_s = []
+    while not going.state.is_over.all():
+        for question in questions(setting, traces, going.state, in_flight=False):
+            queue_s += question.menu.queues[question.slots[1] == 4, 3].tolist()
+            going.take(question, np.full(len(question.slots[0]), CLOUD))
+        going.advance()
+    assert (queue_s[-1] > 0) == full
+
+
 def test_nobody_is_lost_in_rush_hour_and_sessions_never_exceed_the_limit() -> None:
     setting = Params(
         PHYSICS, LinkProcess((LinkClass(0.02, 6e6, 6e6, 15.0), LinkClass(0.02, 6e6, 6e6, 3.0, is_up=False))),
