@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The table of docs/bars.md: what the policy splitwise must reach, row by row, from an empty machine. Half an hour of
-# one core, most of it the stability of 32 long traces; stop it at will, finished cells are kept and not run again.
-# rush-hour (120 devices) is not among these: `splitwise bench scenarios --few --scenario rush-hour` takes hours.
+# The table of docs/bars.md: what the policy splitwise must reach, row by row, from an empty machine. An hour and
+# a quarter of one core, most of it the stability of 32 long traces; stop it at will, finished cases are kept and not run
+# again. rush-hour (120 devices) is not among these: with `--scenario rush-hour` its nine cases take some five minutes each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make venv
