@@ -9,7 +9,19 @@ from itertools import combinations, pairwise, permutations, product
 import numpy as np
 import pytest
 
-from splitwise_llm.cost import Floor, Host, Job, Limits, Load, World, memory_bytes, obstacle, price, stage_seconds
+from splitwise_llm.cost import (
+    Floor,
+    Host,
+    Job,
+    Limits,
+    Load,
+    World,
+    counts,
+    memory_bytes,
+    obstacle,
+    price,
+    stage_seconds,
+)
 from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import RequestError
 from splitwise_llm.observation import MachineView, Observation
@@ -131,7 +143,7 @@ def enumerate_plans(case: Case, flow: Flow | None) -> float:
             host = world.hosts[machine]
             cache = (stop - start) * spec.kv_bytes_per_position(spec.num_kv_heads, host.dtype)
             cache *= job.prompt_tokens + job.tokens_out
-            buffers = job.prompt_tokens * (2 * spec.d_model + 2 * spec.d_ff) * host.dtype.num_bytes
+            buffers = counts.activation_bytes(spec, job.prompt_tokens, host.dtype)
             held[key] = one + (kept - 1) * cache + (batch - 1) * buffers
         return held[key]
 
