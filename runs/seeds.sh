@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Five trainings of the policy splitwise that differ by their seed, from an empty machine, and what each is worth on the
 # test traces: rows `splitwise@seed-N` of out/seeds.json. About twenty minutes of two cores for each training; stopped, it
-# goes on where it was. The first is the one that is shipped (`runs/train_policy.sh`).
+# goes on where it was. The first is what `runs/train_policy.sh` makes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make venv

@@ -89,3 +89,11 @@ def test_the_same_figures_with_several_tables_until_a_moment_and_on_a_battery() 
 def test_nobody_is_simulated_for_nobody() -> None:
     params = settings(CloudProcess(), 1)
     assert simulate_each(params, draw(params, 4, [0], 1), []) == []
+
+
+# Dies when sim/physics.py says `pairwise((0, len(conditions)))` for `pairwise((0, *(ends or (len(conditions),))))`.
+def test_what_is_asked_beside_it_does_not_round_a_price_otherwise() -> None:
+    x = np.random.default_rng(0).uniform(0.5, 2.0, (64, PHYSICS._forms.shape[-1]))
+    together = PHYSICS.all_units(0, 0, x, list(range(1, 65)))
+    each = np.concatenate([PHYSICS.all_units(0, 0, row) for row in x[:, None]])
+    np.testing.assert_array_equal(together, each)

@@ -42,7 +42,7 @@ _BOUNDED = {"fresh", "down now", "one slot", "acceptance", "forecast outage soon
 _OPEN = np.array([name not in _BOUNDED for name in NAMES])
 """(COUNT,): what is squashed."""
 FULL = 2.0
-"""Reference times of work before the cloud from which on it is seen as full. A large crowd's cloud backs up further in
+"""Reference times of waiting for the cloud from which on it is seen as full. A large crowd's cloud backs up further in
 an hour than any that can be learned in; how far is priced by the solver, which sees all of it."""
 _LINK: Pair = (DEVICE, 1)
 _BACK: Pair = (1, DEVICE)
