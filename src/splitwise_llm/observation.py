@@ -174,7 +174,7 @@ class Observation:
 
 EPOCHS = 8
 """Of decision epochs that are remembered."""
-SEEN = ("age_s", "up", "rtt_s", "up_bytes_per_s", "down_bytes_per_s", "slow", "wait_s", "backlog_s")
+SEEN = ("age_s", "up", "rtt_s", "up_bytes_per_s", "down_bytes_per_s", "slow", "wait_s")
 """What is remembered of each: how long ago it was, whether the link was up, and what link and cloud were said to be."""
 
 

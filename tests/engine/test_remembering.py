@@ -48,7 +48,7 @@ def test_the_latest_epochs_stand_first_and_the_oldest_go(steps: list[float]) -> 
     memory, now_s = Memory(), 0.0
     for number, step_s in enumerate(steps):
         now_s += step_s
-        memory.decided(Epoch(now_s, True, 0.05, 1e6, 2e6, 1.0 + number, 0.0, 0.0))
+        memory.decided(Epoch(now_s, True, 0.05, 1e6, 2e6, 1.0 + number, 0.0))
     epochs = memory.past("a", now_s, 0.0).epochs[0]
     kept = min(len(steps), EPOCHS)
     assert epochs[:kept, 5].tolist() == [1.0 + n for n in reversed(range(len(steps)))][:kept]

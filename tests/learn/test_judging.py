@@ -111,13 +111,15 @@ def judged(*each: float) -> Judgement:
 
 
 def test_what_saves_more_by_chance_does_not_surpass_what_is_simpler() -> None:
-    """The rule of one standard error: with equal costs but in some courses, the mean of what is saved is beyond its
-    standard error from the second course on; in one of many it is its own standard error, whatever it is."""
+    """Two standard errors: with equal costs but in one course of many, the mean of what is saved is its own standard
+    error, whatever it is; with another that loses a little it is less, and is not enough either way."""
     # Dies when judging.py says `> 0` for `> SURE * error * (1 + ROUNDING)`.
+    # Dies when judging.py says `SURE = 1.0` for `SURE = SIGNIFICANT`.
     simple = judged(0.01, 0.02, 0.0, 0.0)
     assert not judged(0.01, 0.02, 0.0, 0.5).surpasses(simple)
-    assert judged(0.01, 0.02, 0.1, 0.1).surpasses(simple)
-    assert not judged(0.01, 0.02, 0.1, -0.05).surpasses(simple)
+    assert not judged(0.01, 0.02, 0.1, 0.1).surpasses(simple)
+    assert judged(0.03, 0.04, 0.03, 0.02).surpasses(simple)
+    assert not judged(0.03, 0.04, 0.03, -0.02).surpasses(simple)
     assert not simple.surpasses(simple)
     assert judged(0.02).surpasses(judged(0.01))
 

@@ -158,6 +158,28 @@ def test_who_is_served_is_no_queue_before_the_cloud_and_who_waits_is(sessions: i
     assert (queue_s[-1] > 0) == full
 
 
+# Dies when sim/asking.py says `s.published[e, 3]` for `np.where(s.granted[i], 0.0, s.published[e, 3])`.
+def test_who_holds_a_slot_is_charged_no_queue_and_who_waits_is() -> None:
+    """What a slot does to others was priced when it was asked for: nobody is sent away from one for their sake."""
+    setting = params(5, sessions=2)
+    traces = together(setting, apart_s=0.05)
+    going = Run.begin(setting, traces, Only(CLOUD))
+    charged: dict[bool, list[float]] = {False: [], True: []}
+    while not going.state.is_over.all():
+        for question in questions(setting, traces, going.state):
+            s = going.state
+            full = s.published[0, 3] > 0
+            for holds, queue_s in zip(s.granted[question.slots].tolist(), question.menu.queues[:, 3], strict=True):
+                if full:
+                    charged[holds].append(float(queue_s))
+            going.take(question, np.full(len(question.slots[0]), CLOUD))
+        going.advance()
+    assert charged[True]
+    assert max(charged[True]) == 0.0
+    assert charged[False]
+    assert min(charged[False]) > 0.0
+
+
 def test_nobody_is_lost_in_rush_hour_and_sessions_never_exceed_the_limit() -> None:
     setting = Params(
         PHYSICS, LinkProcess((LinkClass(0.02, 6e6, 6e6, 15.0), LinkClass(0.02, 6e6, 6e6, 3.0, is_up=False))),

@@ -160,13 +160,10 @@ class Controller:
         if is_up and heard_s is not None and figures is not None:
             age_s = now_s - heard_s + figures.rtt_age_s
         past = memory.past(id(self), now_s, age_s)
-        link, load, advert = world.links[DEVICE, worker], seen.loads.get(worker, IDLE), self.adverts.get(worker)
+        link, load = world.links[DEVICE, worker], seen.loads.get(worker, IDLE)
         memory.decided(
-            Epoch(
-                now_s, is_up, link.rtt_s, link.up_bytes_per_s, link.down_bytes_per_s, load.slow, load.wait_s,
-                advert.queue_s if advert else 0.0,
-            )
-        )  # fmt: skip
+            Epoch(now_s, is_up, link.rtt_s, link.up_bytes_per_s, link.down_bytes_per_s, load.slow, load.wait_s)
+        )
         return past
 
     def view(self, number: int) -> LinkView | None:

@@ -45,13 +45,12 @@ class Epoch:
     down_bytes_per_s: float
     slow: float
     wait_s: float
-    backlog_s: float
 
     def row(self, now_s: float) -> tuple[float, ...]:
         """In the order of `SEEN`."""
         return (
             now_s - self.at_s, float(self.is_up), self.rtt_s, self.up_bytes_per_s, self.down_bytes_per_s, self.slow,
-            self.wait_s, self.backlog_s,
+            self.wait_s,
         )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from splitwise_llm.learn.courses import Course, courses
 from splitwise_llm.learn.forks import in_forks
-from splitwise_llm.learn.search import costs
+from splitwise_llm.learn.search import SIGNIFICANT, costs
 from splitwise_llm.policies.guided import Constant
 from splitwise_llm.policies.knobs import HEADS, SIZES, START
 from splitwise_llm.policies.mind import Mind
@@ -33,9 +33,9 @@ HARM = 0.005
 """Share of a course's cost up to which what it loses is made up for by what others gain."""
 DOUBT = 1.0
 """Standard errors by which what a course seems to lose must exceed that."""
-SURE = 1.0
-"""Standard errors over the courses by which weights must save more than simpler ones to be preferred to them (the rule
-of one standard error, Breiman et al. 1984, section 3.4.3)."""
+SURE = SIGNIFICANT
+"""Standard errors over the courses by which weights must save more than simpler ones to be preferred to them: as many
+as a rule needs to be a lesson. With one, a single course of many decides wherever the others tell nothing."""
 ROUNDING = 1e-9
 """What is saved in one course of many is its own standard error, up to this."""
 HELD = 100.0
@@ -55,6 +55,11 @@ class Judgement:
     """Standard errors of these, over the traces."""
     turned: frozenset[str] = frozenset()
     """Knobs that were not neutral, once at least."""
+
+    @classmethod
+    def neutral(cls, courses: int) -> Judgement:
+        """Of weights that turn nothing."""
+        return cls((0.0,) * courses, (0.0,) * courses)
 
     @property
     def logs(self) -> Floats:

@@ -10,7 +10,7 @@
    and the prices of budgets rise while they are overspent (`env`).
 5. From time to time what was learned is judged on courses set apart (`judging`), as it is and knob by knob, and the
    best is kept, beside the learner's state: a run that was stopped goes on from there. The first to be judged is the
-   outlook alone, which stays unless something saves more than it by more than a standard error.
+   outlook alone, which stays unless something saves more than it by more than two standard errors.
 
 Same seed, same machine type: the same weights.
 """
@@ -381,9 +381,11 @@ def _validate(
     alone, began = Judgement(**state["alone"]), "began" in state
 
     def helps(found: Judgement) -> bool:
-        """Beside the outlook alone. With weights to begin at, what was lived counts, which is one course among many:
-        there its worth is enough."""
-        return found.worth > alone.worth if began else found.surpasses(alone)
+        """Beside the outlook alone, and beside nothing turned at all. With weights to begin at, what was lived counts,
+        which is one course among many: there its worth is enough."""
+        if began:
+            return found.worth > alone.worth
+        return found.surpasses(alone) and found.surpasses(Judgement.neutral(len(found.each)))
 
     for name, mind, found in candidates(network(model, env), validation, helps):
         if name == WHOLE:

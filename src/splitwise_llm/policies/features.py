@@ -126,7 +126,7 @@ def _epochs(past: Past, t: float) -> Floats:
     raw[..., 2] = seen[..., 2] * 10 / t
     raw[..., 3:5] = 1e5 / t / np.maximum(seen[..., 3:5], 1e-3)
     raw[..., 5] = seen[..., 5] - 1
-    raw[..., 6:8] = seen[..., 6:8] / t
+    raw[..., 6] = seen[..., 6] / t
     result = _squashed(raw)
     result[..., 1] = seen[..., 1]
     there = seen[..., 5] > 0

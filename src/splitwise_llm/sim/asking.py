@@ -84,8 +84,8 @@ def _menu(params: Params, traces: Traces, s: State, table: int, i: tuple[Ints, I
     x[:, places.device_wait] = ahead
     work[own, k] = 0.0
     queues = work.sum(axis=1)
-    if params.is_shared:  # what waits for a slot: what is in one keeps nobody waiting (docs/lyapunov.md)
-        queues[:, 3] = s.published[e, 3]
+    if params.is_shared:  # what waits for a slot, and nothing for who is in one: that was priced (docs/lyapunov.md)
+        queues[:, 3] = np.where(s.granted[i], 0.0, s.published[e, 3])
     first = physics.first[table]
     mine = slice(first, physics.first[table + 1])
     cloud = physics.uses_cloud[mine]

@@ -129,7 +129,6 @@ def publish(params: Params, s: State) -> None:
     """Devices know the load as it is, where it is live."""
     if not _shared(params).information_s:
         s.published[:, :4] = s.load
-        s.published[:, 4] = backlog_s(params, s)
 
 
 def _visits(params: Params, s: State, i: tuple[Ints, ...]) -> Floats:
@@ -147,17 +146,6 @@ def _admission_s(params: Params, s: State) -> Floats:
     free = np.maximum(cloud.sessions - s.granted.sum(axis=(1, 2)), 0)
     ahead = np.maximum(waiting + 1 - free, 0)
     result: Floats = ahead * s.residence_s / cloud.sessions
-    return result
-
-
-def backlog_s(params: Params, s: State) -> Floats:
-    """Work before the cloud (e,): slot-seconds over slots and prompts, of all devices."""
-    share = params.physics.slot_share[s.plan]
-    tokens = np.maximum(s.guess - s.tokens, params.fewest_left)
-    decode = tokens * (s.token[..., 0] * share + s.token[..., CLOUD_S])
-    prompt = np.where((s.phase == PROMPT) | (s.phase == MOVE), s.left * s.unit[..., CLOUD_S], 0.0)
-    there = (s.phase >= WAIT) & params.physics.uses_cloud[s.plan]
-    result: Floats = np.where(there, decode + prompt, 0.0).sum(axis=(1, 2))
     return result
 
 
@@ -182,7 +170,7 @@ def until(params: Params, s: State, rate: Floats, served: Served) -> Floats:
     with np.errstate(divide="ignore"):
         full: Floats = np.maximum(free, 1.0) * cloud.block_positions / growth.sum(axis=(1, 2))
     if cloud.information_s:
-        full = np.minimum(full, s.published[:, 5] - s.now)
+        full = np.minimum(full, s.published[:, 4] - s.now)
     return np.maximum(full, SOONEST_S)
 
 
@@ -198,9 +186,8 @@ def govern(params: Params, s: State, go: Bools) -> None:
     for e in np.nonzero(waiting.any(axis=(1, 2)))[0].tolist():
         _admit(params, s, e, waiting[e], limit)
     if cloud.information_s:
-        due = (s.published[:, 5] <= s.now + 1e-9) & go
-        s.published[due, :4], s.published[due, 4] = s.load[due], backlog_s(params, s)[due]
-        s.published[due, 5] = s.now[due] + cloud.information_s
+        due = (s.published[:, 4] <= s.now + 1e-9) & go
+        s.published[due, :4], s.published[due, 4] = s.load[due], s.now[due] + cloud.information_s
 
 
 def _preempt(params: Params, s: State, e: int, used: Floats, limit: int) -> None:

@@ -40,7 +40,6 @@ def decided(params: Params, traces: Traces, s: State, e: Ints, d: Ints) -> None:
         kept[:, 0, 3:5] = np.where(rows[:, 1:3] > 0, 1 / rows[:, 1:3], 0.0)
     load = s.published[e, :4] if params.is_shared else params.cloud_rows[s.seen_cloud[e, d]]
     kept[:, 0, 5], kept[:, 0, 6] = load[:, 0], load[:, 3]
-    kept[:, 0, 7] = s.published[e, 4] if params.is_shared else 0.0
     s.epochs[e, d] = kept
 
 
@@ -57,7 +56,7 @@ def past(params: Params, traces: Traces, s: State, e: Ints, d: Ints) -> Past:
         at_door = ((traces.arrival_s[e, d] <= s.now[e][:, None]).sum(axis=1) - s.taken[e, d]).clip(min=0).astype(float)
     age = np.full(len(e), params.seeing.delay_s)
     if isinstance(params.cloud, SharedCloud) and params.cloud.information_s:
-        age = np.maximum(age, params.cloud.information_s - (s.published[e, 5] - s.now[e]))
+        age = np.maximum(age, params.cloud.information_s - (s.published[e, 4] - s.now[e]))
     return Past(
         down, s.now[e] - s.since_s[e, d], age, np.full(len(e), float(params.slots)),
         np.stack([busy, at_door], axis=-1), epochs, *(counts[:, n] for n in (OUTAGES, GAPS, ANSWERS)),

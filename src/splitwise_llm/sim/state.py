@@ -37,7 +37,7 @@ class State:
     noted: Ints  # (e,) samples of queue lengths so far
     load: Floats  # (e, 4): slow, share, join, wait of the cloud now
     fill: Floats  # (e,) by how much slower a prompt is filled in than alone
-    published: Floats  # (e, 6): load as devices know it, backlog (s), when it is published next (s)
+    published: Floats  # (e, 5): load as devices know it, and when it is published next (s)
     residence_s: Floats  # (e,) mean time a session holds its slot
 
     row: Ints  # (e, d) of the link
@@ -130,7 +130,7 @@ def initial(params: Params, traces: Traces) -> State:
     return State(
         now=number(per_world), is_over=no(per_world), cloud_row=cloud_row, cloud_at=count(per_world),
         cloud_lap_s=number(per_world), cloud_next_s=_second(traces.cloud), noted=count(per_world), load=load.copy(),
-        fill=number(per_world, 1.0), published=np.concatenate([load, number((worlds, 2))], axis=1),
+        fill=number(per_world, 1.0), published=np.concatenate([load, number((worlds, 1))], axis=1),
         residence_s=number(per_world, params.penalty.t_ref_s),
         row=link_row.copy(), at=count(per_device), lap_s=number(per_device), next_s=_second(traces.link),
         seen=link_row.copy(), seen_cloud=np.repeat(cloud_row[:, None], devices, axis=1),
