@@ -7,7 +7,7 @@ import pytest
 
 from splitwise_llm.bench.bars import NINE, Bar, Evidence, bars_of, losses_of, markdown, recovered
 from splitwise_llm.bench.outcome import Outcome
-from splitwise_llm.bench.scenarios import CAUSAL, CLAIRVOYANT
+from splitwise_llm.bench.scenarios import CAUSAL, CLAIRVOYANT, CONTROLLER
 from splitwise_llm.bench.yardsticks import Result, find_row
 from splitwise_llm.records import Cell, Estimate
 
@@ -74,6 +74,14 @@ def test_rush_hour_asks_for_more_where_the_load_is_fresh(case: str, times: float
     evidence = Evidence({("rush-hour", case): {"drift-selfish": outcome(), "splitwise": outcome(times)}})
     assert only(evidence, "rush-hour against selfish", f"rush-hour.{case}", "mean_s").met is met
     assert only(evidence, "rush-hour against selfish", f"rush-hour.{case}", "p95_s").met
+
+
+def test_a_crowd_whose_mean_is_missed_shows_what_one_controller_comes_to() -> None:
+    """Which has a mean, and no tail."""
+    case = {"drift-selfish": outcome(), "splitwise": outcome(1.1), CONTROLLER: outcome(0.88)}
+    evidence = Evidence({("rush-hour", "orin-7b-0.12-live"): case})
+    assert only(evidence, "rush-hour against selfish", bar="mean_s").ceiling == "one controller of the crowd 0.880"
+    assert only(evidence, "rush-hour against selfish", bar="p95_s").ceiling == ""
 
 
 def test_rush_hour_below_capacity_decides_no_bar_and_its_tail_may_not_be_longer() -> None:

@@ -20,7 +20,7 @@ from splitwise_llm.cost import Table
 from splitwise_llm.errors import RequestError, SpecError
 from splitwise_llm.page import to_csv
 from splitwise_llm.records import Cell, Estimate
-from splitwise_llm.sim.params import CloudProcess
+from splitwise_llm.sim.params import CloudProcess, SharedCloud
 from splitwise_llm.sim.scenarios import HEAVY, SCENARIOS, Case, find_scenario
 
 
@@ -162,6 +162,17 @@ def test_cells_are_kept_one_by_one_and_a_missing_one_alone_is_made_again(
     for other in (replace(grid, seed=1), replace(grid, size=Size(2, 11, 5)), replace(grid, cut_gaps=True)):
         assert other.shelf.read("flaky-wan.orin-gpt2xl/drift") is None
     assert grid.shelf.read("flaky-wan.orin-gpt2xl/drift") is not None
+
+
+def test_a_crowd_has_one_controller_that_takes_no_longer_than_the_selfish_and_no_shorter_than_one_alone() -> None:
+    crowd = replace(find_scenario("rush-hour"), num_devices=11)
+    setting = Setting(crowd, replace(crowd.cases[0], per_s=0.25, cloud=SharedCloud(4)), Size(1, 30, 4))
+    bound = scenarios._controller(setting)
+    assert bound is not None
+    selfish = Outcome.of(setting.run("drift-selfish"), 0.0)
+    alone_s = setting.tables[0].at(setting.tables[0].world.conditions()[None]).service_s.min()
+    assert alone_s < bound.mean()[0] < 1.02 * selfish.mean()[0]
+    assert scenarios._controller(Setting(FLAKY, FLAKY.cases[0], Size(1, 1, 1))) is None
 
 
 def test_ratios_of_outcomes_are_paired_and_leave_out_what_does_not_count() -> None:

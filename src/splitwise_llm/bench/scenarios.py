@@ -30,6 +30,7 @@ from splitwise_llm.bench.cells import (
     idle_question,
 )
 from splitwise_llm.bench.clairvoyant import clairvoyant_bound
+from splitwise_llm.bench.crowd import controlled
 from splitwise_llm.bench.figures import Figures
 from splitwise_llm.bench.kept import Shelf
 from splitwise_llm.bench.outcome import Outcome, ratio
@@ -44,6 +45,7 @@ from splitwise_llm.policies.choosers import TableChooser
 from splitwise_llm.policies.planners import PLANNERS, When
 from splitwise_llm.records import Cell, Estimate
 from splitwise_llm.sim.episode import simulate
+from splitwise_llm.sim.params import SharedCloud
 from splitwise_llm.sim.recordings import judged_by, link_files, read_recordings
 from splitwise_llm.sim.scenarios import SCENARIOS, Case, Recordings, Scenario
 
@@ -51,6 +53,8 @@ Tell = Callable[[str], None]
 Floats = NDArray[np.float64]
 
 CAUSAL, CLAIRVOYANT = "causal", "clairvoyant"
+CONTROLLER = "one controller"
+"""Of a crowd on one cloud (`crowd`): a mean per trace, no requests."""
 NO_FIGURES = ("cli", "engine", "learn", "model", "page", "report.py", "wire")
 """Rooms whose source no cell depends on, but for `YARDSTICK`."""
 YARDSTICK = ("causal.py", "iteration.py")
@@ -275,7 +279,7 @@ def _cells(grid: Grid, setting: Setting, tell: Tell) -> tuple[list[Cell], dict[s
         cells[policy], outcomes[policy] = cell_from(kept["cell"]), Outcome.from_dict(kept["requests"])
     if not cells:
         raise RequestError("no policy has a plan here")
-    for name, bound in ((CLAIRVOYANT, _clairvoyant), (CAUSAL, _causal)):
+    for name, bound in ((CLAIRVOYANT, _clairvoyant), (CAUSAL, _causal), (CONTROLLER, _controller)):
         kept = shelf.or_made(f"{where}/{name}", partial(_bound, setting, bound))
         if kept["requests"] is not None:
             outcomes[name] = Outcome.from_dict(kept["requests"])
@@ -337,6 +341,26 @@ def _causal(setting: Setting) -> Outcome | None:
     except SpecError:
         return None
     return Outcome.of(simulate(setting.params, setting.traces, chooser), WARM_UP)
+
+
+def _controller(setting: Setting) -> Outcome | None:
+    """The mean that one controller of a whole crowd would come to, without tools; None where no crowd is."""
+    params = setting.params
+    if not isinstance(params.cloud, SharedCloud) or setting.scenario.num_devices <= CROWD:
+        return None
+    home_s = []
+    for table in setting.tables:
+        seconds = table.at(table.world.conditions()[None]).service_s[0]
+        at_home = [
+            seconds[n]
+            for n, one in enumerate(table.bills)
+            if PLAIN.allow(one.decision) and one.decision.partition.machines == (0,)
+        ]
+        home_s += [float(min(at_home))] if at_home else []
+    if not home_s:
+        return None
+    means = controlled(setting.run("drift-selfish"), params.cloud.sessions, min(home_s), WARM_UP)
+    return Outcome.of_seconds(means[:, None, None], np.ones((len(means), 1, 1), np.bool_))
 
 
 def _regret(mine: Floats, bound: Floats) -> Estimate:
