@@ -188,7 +188,7 @@ def test_every_loss_with_confidence_is_listed_and_bounds_are_no_rivals() -> None
     case = {
         "splitwise": outcome(1.1), "drift": outcome(), "router": outcome(1.05), CAUSAL: outcome(0.8),
         "splitwise-filter-0": outcome(0.9), "splitwise@a": outcome(0.9), "best-static": outcome(0.9),
-        "splitwise+tools": outcome(), "drift+tools": outcome(1.2),
+        "splitwise+tools": outcome(), "drift+tools": outcome(1.2), CONTROLLER: outcome(0.8),
     }  # fmt: skip
     losses = losses_of(Evidence({("day", "a"): case}), ("mean_s",))
     assert [(one.where, one.rival) for one in losses] == [("day.a", "drift")]

@@ -106,15 +106,18 @@ def test_a_network_that_turns_nothing_is_judged_as_it_is_and_by_its_outlook() ->
     assert len(found) == 2
 
 
+Each = tuple[float, ...]
+
+
 def judged(*each: float) -> Judgement:
     return Judgement(each, (0.0,) * len(each))
 
 
+# Dies when learn/judging.py says `> 0` for `> SURE * error`.
+# Dies when learn/judging.py says `SURE = 1.0` for `SURE = SIGNIFICANT`.
 def test_what_saves_more_by_chance_does_not_surpass_what_is_simpler() -> None:
     """Two standard errors: with equal costs but in one course of many, the mean of what is saved is its own standard
     error, whatever it is; with another that loses a little it is less, and is not enough either way."""
-    # Dies when judging.py says `> 0` for `> SURE * error * (1 + ROUNDING)`.
-    # Dies when judging.py says `SURE = 1.0` for `SURE = SIGNIFICANT`.
     simple = judged(0.01, 0.02, 0.0, 0.0)
     assert not judged(0.01, 0.02, 0.0, 0.5).surpasses(simple)
     assert not judged(0.01, 0.02, 0.1, 0.1).surpasses(simple)
@@ -169,21 +172,26 @@ class Learner:
     def save(self, path: str, exclude: list[str]) -> None: ...
 
 
+# Dies when learn/train.py says `found.surpasses(alone)` for `found.surpasses(alone) and found.surpasses(neutral)`.
 # Dies when learn/train.py says `may=True)` for `may=began or helps(found))`.
 # Dies when learn/train.py says `may=helps(found))` for `may=began or helps(found))`.
 @pytest.mark.parametrize(
-    ("state", "kept"),
+    ("state", "alone", "found", "kept"),
     [
-        ({"best": 0.0}, False),  # from nothing: worth more than the outlook alone, but in one course only
-        ({"best": -0.1, "began": -0.1}, True),  # it began at less than the outlook alone: what is better is kept
-        ({"best": 0.2, "began": 0.2}, False),
+        # from nothing: worth more than the outlook alone, but in one course only
+        ({"best": 0.0}, (0.01, 0.02, 0.0, 0.0), (0.01, 0.02, 0.0, 0.1), False),
+        ({"best": 0.0}, (0.01, 0.02, 0.0, 0.0), (0.03, 0.04, 0.02, 0.03), True),
+        # surely more than an outlook that loses, and not surely more than nothing turned
+        ({"best": 0.0}, (-0.02, -0.02, -0.02, -0.02), (0.03, -0.004, 0.0, 0.0), False),
+        # it began at less than the outlook alone: what is better is kept
+        ({"best": -0.1, "began": -0.1}, (0.0, 0.01, 0.0, 0.0), (0.005, 0.01, 0.0, 0.0), True),
+        ({"best": 0.2, "began": 0.2}, (0.0, 0.01, 0.0, 0.0), (0.005, 0.01, 0.0, 0.0), False),
     ],
 )
 def test_weights_are_kept_where_they_surpass_the_outlook_or_what_a_run_began_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Any], kept: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Any], alone: Each, found: Each, kept: bool
 ) -> None:
-    simple = judged(0.01, 0.02, 0.0, 0.0)
-    one = judged(0.01, 0.02, 0.0, 0.1) if "began" not in state else judged(0.005, 0.01, 0.0, 0.0)
+    simple, one = judged(*alone), judged(*found)
     begun = {"alone": {"each": simple.each, "errors": simple.errors}, "updates": 0, "curve": []} | state
     told: list[str] = []
     monkeypatch.setattr(train, "network", lambda *_: turning())

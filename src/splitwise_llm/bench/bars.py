@@ -366,7 +366,7 @@ def losses_of(evidence: Evidence, metrics: Sequence[str] = ("mean_s", "p95_s", "
                 for name in outcomes
                 if name.endswith(WITH_TOOLS) == bool(tools)
                 and not is_ours(name)
-                and name not in (CAUSAL, CLAIRVOYANT)
+                and name not in (CAUSAL, CLAIRVOYANT, CONTROLLER)
                 and not name.startswith(HINDSIGHT)
             ]
             if ours not in outcomes or not rivals:

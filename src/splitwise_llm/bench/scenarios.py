@@ -173,7 +173,7 @@ class Results:
     scalings: list[Scaling]
     skipped: list[str]
     outcomes: dict[tuple[str, str], dict[str, Outcome]] = field(default_factory=dict)
-    """(scenario, case) -> policy -> what became of each request; `CAUSAL` and `CLAIRVOYANT` among the policies."""
+    """(scenario, case) -> policy -> what became of each request; bounds (`CAUSAL` and others) among the policies."""
 
 
 def run_grid(grid: Grid, tell: Tell) -> Results:
@@ -344,7 +344,8 @@ def _causal(setting: Setting) -> Outcome | None:
 
 
 def _controller(setting: Setting) -> Outcome | None:
-    """The mean that one controller of a whole crowd would come to, without tools; None where no crowd is."""
+    """The mean that one controller of a whole crowd would come to, without tools, if every device were of the fastest
+    kind there is; None where no crowd is."""
     params = setting.params
     if not isinstance(params.cloud, SharedCloud) or setting.scenario.num_devices <= CROWD:
         return None
@@ -360,6 +361,8 @@ def _controller(setting: Setting) -> Outcome | None:
     if not home_s:
         return None
     means = controlled(setting.run("drift-selfish"), params.cloud.sessions, min(home_s), WARM_UP)
+    if not np.isfinite(means).all():
+        return None
     return Outcome.of_seconds(means[:, None, None], np.ones((len(means), 1, 1), np.bool_))
 
 

@@ -36,8 +36,6 @@ DOUBT = 1.0
 SURE = SIGNIFICANT
 """Standard errors over the courses by which weights must save more than simpler ones to be preferred to them: as many
 as a rule needs to be a lesson. With one, a single course of many decides wherever the others tell nothing."""
-ROUNDING = 1e-9
-"""What is saved in one course of many is its own standard error, up to this."""
 HELD = 100.0
 """Logits beyond what any other value comes to."""
 KNOBS = tuple(name for name, _ in HEADS)
@@ -82,7 +80,7 @@ class Judgement:
         those that were not drawn. So one course of several never decides alone."""
         more = self.logs - simpler.logs
         error = more.std(ddof=1) / len(more) ** 0.5 if len(more) > 1 else 0.0
-        return bool(more.mean() > SURE * error * (1 + ROUNDING))
+        return bool(more.mean() > SURE * error)
 
     def __str__(self) -> str:
         worst = int(np.argmin(self.each))

@@ -10,7 +10,8 @@
    and the prices of budgets rise while they are overspent (`env`).
 5. From time to time what was learned is judged on courses set apart (`judging`), as it is and knob by knob, and the
    best is kept, beside the learner's state: a run that was stopped goes on from there. The first to be judged is the
-   outlook alone, which stays unless something saves more than it by more than two standard errors.
+   outlook alone, which stays unless something saves more than it, and than nothing turned, by more than two standard
+   errors.
 
 Same seed, same machine type: the same weights.
 """
@@ -385,7 +386,8 @@ def _validate(
         which is one course among many: there its worth is enough."""
         if began:
             return found.worth > alone.worth
-        return found.surpasses(alone) and found.surpasses(Judgement.neutral(len(found.each)))
+        neutral = Judgement.neutral(len(found.each))
+        return found.surpasses(alone) and found.surpasses(neutral)
 
     for name, mind, found in candidates(network(model, env), validation, helps):
         if name == WHOLE:
