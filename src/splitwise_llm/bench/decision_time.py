@@ -30,7 +30,7 @@ def asked(floor: Floor | None) -> Observation:
         MachineView(name, True, int(host.device.memory_bytes), host.dtype, host.weights, link.rtt_s, True)
         for name, host in zip(("edge", "cloud"), hosts, strict=True)
     )
-    epochs = np.tile(np.array([1.0, 1.0, link.rtt_s, 2.5e6, 5e6, 1.0, 0.0, 0.0]), (1, EPOCHS, 1))
+    epochs = np.tile(np.array([1.0, 1.0, link.rtt_s, 2.5e6, 5e6, 1.0, 0.0]), (1, EPOCHS, 1))
     assert epochs.shape == (1, EPOCHS, len(SEEN))
     past = replace(Past.nothing(1), epochs=epochs, since_s=np.array([20.0]))
     return Observation(
