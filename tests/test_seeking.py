@@ -92,6 +92,31 @@ def test_that_time_is_over_is_said_again_where_it_was_lost() -> None:
     time.sleep(0.3)  # no alarm is left behind
 
 
+# Dies when cli/seeking.py says `if True:` for `if not isinstance(said.exc_value, SpentError):`.
+def test_nothing_is_printed_of_an_alarm_that_a_finaliser_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda said: printed.append(said.exc_type))
+
+    class Slow:
+        def __del__(self) -> None:
+            time.sleep(0.2)
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError
+
+    def finalised() -> None:
+        Slow()
+        Broken()
+        time.sleep(5)
+
+    with pytest.raises(SpentError), within(0.05):
+        finalised()
+    assert printed == [ValueError], "of what else goes wrong in a finaliser it is"
+    Broken()
+    assert printed == [ValueError, ValueError]
+
+
 def test_what_takes_long_is_said_on_stderr_and_what_does_not_is_not(capfd: pytest.CaptureFixture[str]) -> None:
     with Progress() as progress:
         progress.say("looking")

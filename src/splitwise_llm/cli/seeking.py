@@ -63,8 +63,14 @@ AGAIN_S = 0.2
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
     """Raises SpentError in the block when it takes longer, and again as long as nobody heard it; in the main thread
-    only. Where the interpreter happens to run somebody's finaliser, what is raised there is lost."""
+    only. Where the interpreter happens to run somebody's finaliser, what is raised there is lost, and nothing is
+    printed of it."""
     counts = True
+    usual = sys.unraisablehook
+
+    def lost(said: sys.UnraisableHookArgs) -> None:
+        if not isinstance(said.exc_value, SpentError):
+            usual(said)
 
     def over(_number: int, _frame: FrameType | None) -> None:
         if counts:
@@ -73,6 +79,7 @@ def within(seconds: float) -> Iterator[None]:
     if seconds <= 0:
         raise SpentError
     before = signal.signal(signal.SIGALRM, over)
+    sys.unraisablehook = lost
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
         yield
@@ -80,6 +87,7 @@ def within(seconds: float) -> Iterator[None]:
         counts = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        sys.unraisablehook = usual
 
 
 class Seeker(Solver):
