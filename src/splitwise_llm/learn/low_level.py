@@ -276,6 +276,7 @@ class _Training:
         self, config: Config, tell: Tell, writer: Writer | None, folder: Path | None, seed: int,
         states: Sequence[State] | None,
     ) -> None:  # fmt: skip
+        torch.set_num_threads(1)  # other numbers sum in another order, and no two of them learn the same
         self.config, self.tell, self.writer, self.folder, self.seed = config, tell, writer, folder, seed
         self.network = Network(Weights.random(seed, config.hidden))
         self.optimiser = torch.optim.Adam(self.network.parameters(), config.learning_rate)
