@@ -197,14 +197,28 @@ def test_what_is_measured_is_a_table_with_its_sums_beside_the_whole() -> None:
     table, figures = measure(checkpoint, ids, "numbers", 32, Dtype.FP32, lambda _: None)
     assert set(table.weights) == {Weights.INT8, Weights.INT4}
     assert set(table.wire) == set(WirePrecision) - {WirePrecision.FP32}
-    assert all(len(row) == 4 and min(row) >= 0 for row in (*table.weights.values(), *table.wire.values()))
+    assert all(len(row) == 4 and min(row) >= 0 for row in table.weights.values())
+    assert all(len(row) == 8 and min(row) >= 0 for row in table.wire.values())
     assert set(table.partials) == set(table.ends) == set(table.wire)
     assert all(len(row) == 4 for row in table.partials.values())
     assert sum(table.partials[WirePrecision.INT4]) + sum(table.ends[WirePrecision.INT4]) > 0
-    for name, count in ("wire", 4), ("partials", 4), ("ends", 2):
+    for name, count in ("wire", 8), ("partials", 4), ("ends", 2):
         parts = sum(figures.figures[f"{name}_int4_{number}"] for number in range(count))
         assert figures.figures[f"{name}_int4_sum"] == pytest.approx(parts)
     assert "numbers" in table.source
+
+
+# Dies when bench/accuracy.py says `groups = min(groups, num_layers)` for `groups = min(groups, 2 * num_layers)`.
+def test_with_as_many_groups_as_layers_each_crossing_has_its_own_figure() -> None:
+    assert boundaries(8, 16) == list(range(16))
+    assert boundaries(8, 99) == list(range(16))
+    assert spans(8, 99) == [range(2 * layer, 2 * layer + 2) for layer in range(8)]
+    table = Accuracy({}, {WirePrecision.INT8: tuple(float(half) for half in range(16))}, "made up")
+    assert table.wire_by_boundary(WirePrecision.INT8, 8) == (*range(16), 15)
+    checkpoint = Checkpoint(locate("bundled"))
+    table, _ = measure(checkpoint, [(37 * n) % 4000 for n in range(48)], "numbers", 32, Dtype.FP32, lambda _: None, 8)
+    assert [len(row) for row in (*table.wire.values(), *table.partials.values())] == [16] * 4 + [8] * 4
+    assert [len(row) for row in table.weights.values()] == [8, 8]
 
 
 def test_the_bundled_model_comes_with_a_table_and_unknown_ones_count_as_lossless() -> None:

@@ -9,7 +9,16 @@ from statistics import fmean
 import pytest
 
 from splitwise_llm.bench.accuracy import Choice, Text, boundaries
-from splitwise_llm.bench.accuracy_live import add_row, plan_rows, run_live, told, told_all, weight_rows, wire_rows
+from splitwise_llm.bench.accuracy_live import (
+    AT_ONCE,
+    add_row,
+    plan_rows,
+    run_live,
+    told,
+    told_all,
+    weight_rows,
+    wire_rows,
+)
 from splitwise_llm.bench.figures import Figures
 from splitwise_llm.bench.processes import worker
 from splitwise_llm.cost import Accuracy
@@ -85,6 +94,24 @@ def test_sessions_over_a_worker_process_lose_what_the_arithmetic_of_the_table_lo
     by_ends = text.nats(Choice(full, {0: int4, 16: int4}))
     inside = next(row for row in plan_rows(SPEC) if row.name == "inside_int4")
     assert asyncio.run(live(inside.decision, Weights.FULL)) == pytest.approx(by_ends, abs=2e-3)
+
+
+# Dies when bench/accuracy_live.py says `Semaphore(99)` for `Semaphore(AT_ONCE)`.
+def test_a_long_text_is_told_in_a_few_sessions_at_a_time_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = []
+    most = [0]
+
+    async def told_slowly(_edge: object, _decision: object, piece: list[int], _prompt: int) -> list[float]:
+        running.append(piece)
+        most[0] = max(most[0], len(running))
+        await asyncio.sleep(0.001 * (30 - piece[0]))
+        running.remove(piece)
+        return [float(piece[0])]
+
+    monkeypatch.setattr("splitwise_llm.bench.accuracy_live.told", told_slowly)
+    lost = asyncio.run(told_all(None, None, [[n] for n in range(30)], 8))  # type: ignore[arg-type]
+    assert lost == list(range(30))
+    assert most == [AT_ONCE]
 
 
 def test_parts_that_there_are_not_are_refused() -> None:

@@ -29,6 +29,7 @@ from splitwise_llm.spec import Dtype, Weights
 from splitwise_llm.wire.codec import round_trip
 
 GROUPS = 4
+"""Of layers, unless told otherwise; the crossings between them have twice as many."""
 PROMPT_TOKENS, WINDOW_TOKENS = 32, 480
 LOSSY_WEIGHTS: tuple[Weights, ...] = (Weights.INT8, Weights.INT4)
 LOSSY_WIRES: tuple[WirePrecision, ...] = tuple(wire for wire in WirePrecision if wire is not WirePrecision.FP32)
@@ -52,8 +53,9 @@ def spans(num_layers: int, groups: int = GROUPS) -> list[range]:
 
 
 def boundaries(num_layers: int, groups: int = GROUPS) -> list[int]:
-    """The half in the middle of each group of boundaries, again as `Accuracy` divides them."""
-    groups = min(groups, num_layers)
+    """The half in the middle of each group of boundaries, again as `Accuracy` divides them; as many groups as halves,
+    and each boundary is one."""
+    groups = min(groups, 2 * num_layers)
     of_half = [half * groups // (2 * num_layers) for half in range(2 * num_layers)]
     return [of_half.index(g) + of_half.count(g) // 2 for g in range(groups)]
 
@@ -144,9 +146,11 @@ def windows(ids: Sequence[int], tokens: int, max_context: int) -> tuple[list[Seq
 
 
 def measure(
-    checkpoint: Checkpoint, ids: Sequence[int], where: str, tokens: int, dtype: Dtype, tell: Callable[[str], None]
-) -> tuple[Accuracy, Figures]:
-    """The table, and figures with what was measured to make it: standard errors, and each sum beside the whole.
+    checkpoint: Checkpoint, ids: Sequence[int], where: str, tokens: int, dtype: Dtype, tell: Callable[[str], None],
+    groups: int = GROUPS,
+) -> tuple[Accuracy, Figures]:  # fmt: skip
+    """The table, and figures with what was measured to make it: standard errors, and each sum beside the whole. Of
+    weights and partial sums it has `groups` figures, of crossings twice as many, since a layer has two halves.
 
     A negative difference is noise and stands as 0 in the table. Raises RequestError.
     """
@@ -154,9 +158,9 @@ def measure(
     pieces, prompt = windows(ids, tokens, spec.max_context)
     text = Text(checkpoint, pieces, prompt, dtype)
     full = (Weights.FULL,) * (2 * spec.num_layers)
-    groups = spans(spec.num_layers)
+    of_layers, middles = spans(spec.num_layers, groups), boundaries(spec.num_layers, 2 * groups)
     base = text.nats(Choice(full, {}))
-    result = Figures("accuracy", {"tokens": len(base), "groups": len(groups), "dtype": str(dtype)})
+    result = Figures("accuracy", {"tokens": len(base), "groups": len(of_layers), "dtype": str(dtype)})
     result.add("nats_per_token", fmean(base), "full weights, exact wire")
     tell(f"{len(base)} positions, {fmean(base):.4f} nats per token")
 
@@ -164,12 +168,12 @@ def measure(
     weights = {
         form: table(
             f"weights_{form}",
-            [Choice(tuple(form if h in span else Weights.FULL for h in range(len(full))), {}) for span in groups],
+            [Choice(tuple(form if h in span else Weights.FULL for h in range(len(full))), {}) for span in of_layers],
             Choice((form,) * len(full), {}),
         )
         for form in LOSSY_WEIGHTS
     }
-    middles, halves = boundaries(spec.num_layers), range(len(full))
+    halves = range(len(full))
     wires, partials, ends = {}, {}, {}
     for wire in LOSSY_WIRES:
         wires[wire] = table(
@@ -179,7 +183,7 @@ def measure(
         )
         partials[wire] = table(
             f"partials_{wire}",
-            [Choice(full, {}, dict.fromkeys(span, wire)) for span in groups],
+            [Choice(full, {}, dict.fromkeys(span, wire)) for span in of_layers],
             Choice(full, {}, dict.fromkeys(halves, wire)),
         )
         both = (0, len(full))

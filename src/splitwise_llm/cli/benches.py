@@ -17,7 +17,9 @@ from splitwise_llm.spec import Kernels
 def exactness(
     partitions: Annotated[int, typer.Option(min=1, help="Random partitions per model.")] = 24,
     tokens: Tokens = 64,
-    text: Annotated[Path | None, typer.Option(help="Held-out text; default: the bundled excerpt.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Held-out text; default: the bundled excerpt, of --live all that is bundled.")
+    ] = None,
     live: Annotated[
         list[str] | None,
         typer.Option(
@@ -26,7 +28,7 @@ def exactness(
         ),
     ] = None,
     live_tokens: Annotated[
-        int | None, typer.Option(min=16, help="Of --live, at most so many positions.", show_default="4800")
+        int | None, typer.Option(min=16, help="Of --live, at most so many positions.", show_default="42000")
     ] = None,
     json_file: JsonFile = None,
 ) -> None:

@@ -67,6 +67,9 @@ def profile(
         Path | None, typer.Option(help="Measure nats lost on this text instead; writes NAME.accuracy.json.")
     ] = None,
     accuracy_tokens: Annotated[int, typer.Option(min=16, help="At most so many tokens of it.")] = 2000,
+    accuracy_groups: Annotated[
+        int, typer.Option(min=1, help="Groups of layers with figures of their own; more take longer.")
+    ] = 4,
     dtype: DtypeOption = Dtype.FP32,
     weights: WeightsOption = Weights.FULL,
     kernels: KernelsOption = Kernels.AUTO,
@@ -75,7 +78,7 @@ def profile(
 ) -> None:
     """Measure this machine: units of a model, memory, energy where there is a meter, links to workers."""
     if accuracy:
-        _accuracy(model, accuracy, accuracy_tokens, dtype, threads, out_file)
+        _accuracy(model, accuracy, (accuracy_tokens, accuracy_groups), dtype, threads, out_file)
         return
     tell("loading torch")
     from splitwise_llm.wire.keys import device_files
@@ -188,17 +191,18 @@ def _show(figures: dict[str, object], links: dict[str, LinkSpec], said: str | No
         out.print(f"load average {load:.1f}: other programs were running, and the figures are slower than the machine")
 
 
-def _accuracy(model: str, text: Path, tokens: int, dtype: Dtype, threads: int, out_file: Path | None) -> None:
+def _accuracy(model: str, text: Path, size: tuple[int, int], dtype: Dtype, threads: int, out_file: Path | None) -> None:
+    """`size`: tokens, and groups of layers."""
     try:
         passage = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{text} is not valid UTF-8 ({error}); convert it with iconv -t UTF-8") from None
     with whole(out_file.with_suffix(".accuracy.json") if out_file else None) as target:
-        _measure_accuracy(model, text.name, passage, tokens, dtype, threads, target)
+        _measure_accuracy(model, text.name, passage, size, dtype, threads, target)
 
 
 def _measure_accuracy(
-    model: str, name: str, passage: str, tokens: int, dtype: Dtype, threads: int, target: Path | None
+    model: str, name: str, passage: str, size: tuple[int, int], dtype: Dtype, threads: int, target: Path | None
 ) -> None:
     tell("loading torch")
     import torch
@@ -210,7 +214,8 @@ def _measure_accuracy(
     torch.set_num_threads(threads)
     checkpoint = Checkpoint(locate(model))
     ids = Tokenizer(checkpoint.directory).encode(passage)
-    table, figures = measure(checkpoint, ids, name, tokens, dtype, tell)
+    tokens, groups = size
+    table, figures = measure(checkpoint, ids, name, tokens, dtype, tell, groups)
     if target:
         target.write_text(table.to_json() + "\n")
     report(figures, None)
