@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The two rows of docs/results.md, "The mind", that are of running processes: nats of lossy choices beside the table, and
-# peak memory beside what is predicted, from an empty machine. A quarter of an hour of two cores; 5 GB of memory, 2 GB
+# peak memory beside what is predicted, from an empty machine. TBD of two cores; 9 GB of memory, 2.2 GB
 # of disk (out/memory). Runs of memory that are finished are kept and not run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."

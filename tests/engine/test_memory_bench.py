@@ -44,7 +44,7 @@ def test_a_machine_that_has_nothing_to_do_is_not_judged() -> None:
 
 
 SMALL = {
-    **TINY["llama"], "num_hidden_layers": 8, "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 512,
+    **TINY["llama"], "num_hidden_layers": 22, "hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 512,
     "vocab_size": 4096,
 }  # fmt: skip
 
@@ -56,7 +56,7 @@ def test_both_processes_run_with_as_much_memory_as_is_predicted_and_not_with_hal
     stand = Stand(tmp_path, SMALL)
     taken = stand.run(CASES["u"], Weights.INT8)
     assert taken.prompt_tokens == 16
-    assert all(5 * MB > said > MB for said in taken.predicted)
+    assert all(15 * MB > said > MB for said in taken.predicted)
     assert all(1e10 > peak > 5e7 for peak in taken.peaks)  # of whole processes
     monkeypatch.setattr(memory, "predicted", lambda *asked: tuple(size / 2 for size in predicted(*asked)))
     monkeypatch.setattr(memory, "_LEAST_LIMIT", 0)
@@ -77,7 +77,7 @@ def test_forms_that_there_are_not_are_refused_before_a_model_is_made() -> None:
     with pytest.raises(RequestError, match=r"no form 'fp4'; the forms are bf16, int8, int4"):
         memory.run_memory(["int8", "fp4"], print)
     assert set(FORMS) == {"bf16", "int8", "int4"}
-    assert MODEL["num_hidden_layers"] == 8
+    assert MODEL["num_hidden_layers"] == 22
 
 
 # Dies when bench/memory.py says `= f"{letters}"` for `= hashlib.sha256(f"{form} {partition} {letters}"`.

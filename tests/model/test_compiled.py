@@ -73,7 +73,7 @@ def test_an_int8_product_has_the_bits_of_oneDNN(
 
 
 @served
-@given(st.integers(1, 40), st.sampled_from(DTYPES), OUT, IN)
+@given(st.integers(1, 150), st.sampled_from(DTYPES), OUT, IN)
 @settings(max_examples=100)
 def test_an_int4_row_is_exact_and_has_the_same_bits_whatever_rows_come_with_it(
     rows: int, dtype: torch.dtype, outputs: int, inputs: int
@@ -93,6 +93,22 @@ def test_an_int4_row_is_exact_and_has_the_same_bits_whatever_rows_come_with_it(
     few = 3 if together.numel() < 16 else 1
     assert product_error(together, x, layer.dequantised()) < few * (1e-4 if dtype is torch.float32 else BF16_ROUNDING)
     assert torch.equal(together, torch.cat([layer(row) for row in x.split(1)]))
+
+
+# Dies when model/linear.py says `len(x) > 9999` for `len(x) > INT4_TURN_ROWS`.
+@served
+def test_a_prompt_leaves_no_more_beside_an_int4_product_than_a_turn_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+    rounded = compiled.Library.rounded
+
+    def seen(self: compiled.Library, x: torch.Tensor, *rest: int, **more: bool) -> compiled.Rows:
+        turns.append(len(x))
+        return rounded(self, x, *rest, **more)
+
+    layer = linear_of(gaussian(64, 32), Weights.INT4, torch.bfloat16, Kernels.COMPILED)
+    monkeypatch.setattr(compiled.Library, "rounded", seen)
+    assert len(layer(gaussian(398, 32).bfloat16())) == 398
+    assert turns == [64] * 6 + [14]
 
 
 @served

@@ -37,18 +37,18 @@ from splitwise_llm.spec import DeviceSpec, Dtype, LinkSpec, ModelSpec, Weights
 NAMES = ("edge", "cloud")
 FORMS: Mapping[str, Weights] = {"bf16": Weights.FULL, "int8": Weights.INT8, "int4": Weights.INT4}
 """All compute in bf16."""
-MODEL = {**WIDE_LLAMA, "num_hidden_layers": 8}
-"""Of TinyLlama's shape: 0.97 GB in bf16. The table is the largest piece of it, and is at both ends."""
+MODEL = {**WIDE_LLAMA, "num_hidden_layers": 22}
+"""TinyLlama's shape: 2.2 GB in bf16. The table is the largest piece of it, and is at both ends."""
 CASES: Mapping[str, str] = {
     "edge": "all:edge",
     "cloud": "all:cloud",
-    "cut": "edge[0:4] cloud[4:8]",
-    "u": "edge[0:2] cloud[2:6] edge[6:8]",
-    "shared": "edge[0:2] edge+cloud[2:6](kv=edge:0-1,cloud:2-3 ffn=edge:0-3,cloud:4-7) edge[6:8]",
+    "cut": "edge[0:11] cloud[11:22]",
+    "u": "edge[0:5] cloud[5:17] edge[17:22]",
+    "shared": "edge[0:5] edge+cloud[5:17](kv=edge:0-1,cloud:2-3 ffn=edge:0-3,cloud:4-7) edge[17:22]",
 }
 LITTLE = (
-    "cloud[0:4] edge+cloud[4](kv=edge:0,cloud:1-3 ffn=edge:0,cloud:1-7) cloud[5:8]",
-    "edge[0:4] edge+cloud[4](kv=edge:0-2,cloud:3 ffn=edge:0-6,cloud:7) edge[5:8]",
+    "cloud[0:11] edge+cloud[11](kv=edge:0,cloud:1-3 ffn=edge:0,cloud:1-7) cloud[12:22]",
+    "edge[0:11] edge+cloud[11](kv=edge:0-2,cloud:3 ffn=edge:0-6,cloud:7) edge[12:22]",
 )
 """As little as the device, and the worker, can be given."""
 NEW_TOKENS = 16
@@ -127,7 +127,7 @@ def _complete(arguments: Sequence[str]) -> None:
 def run_memory(forms: Sequence[str], tell: Tell, keep: Path | None = None) -> Figures:
     """Of each form, case and machine: `FORM_CASE_MACHINE_over_predicted`, the growth of the process over what is
     predicted, with a prompt of 16 tokens; `..._long_prompt` with one of 398. The least and the most of all of them.
-    What is kept in a folder, the model too (2 GB), is not made again.
+    What is kept in a folder, the model too (2.2 GB), is not made again.
 
     Raises RequestError, WorkerFailed.
     """
@@ -137,7 +137,7 @@ def run_memory(forms: Sequence[str], tell: Tell, keep: Path | None = None) -> Fi
     ratios: dict[str, list[float]] = {"": [], "_long_prompt": []}
     shelf = Shelf(keep, _fingerprint())
     with tempfile.TemporaryDirectory() as place:
-        tell("making a random llama of 0.5 billion weights")
+        tell("making a random llama of 1.1 billion weights")
         stand = Stand(keep or Path(place))
 
         def run(form: str, partition: str, letters: int = LETTERS) -> Taken:

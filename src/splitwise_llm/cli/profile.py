@@ -36,6 +36,7 @@ from splitwise_llm.errors import RequestError
 from splitwise_llm.spec import DeviceSpec, Dtype, Kernels, LinkSpec, Weights
 
 if TYPE_CHECKING:
+    from splitwise_llm.cost import Accuracy
     from splitwise_llm.engine.probing import Probe
     from splitwise_llm.wire.link import TlsFiles
 
@@ -78,7 +79,7 @@ def profile(
 ) -> None:
     """Measure this machine: units of a model, memory, energy where there is a meter, links to workers."""
     if accuracy:
-        _accuracy(model, accuracy, (accuracy_tokens, accuracy_groups), dtype, threads, out_file)
+        _accuracy(model, accuracy, (accuracy_tokens, accuracy_groups), dtype, kernels, threads, out_file)
         return
     tell("loading torch")
     from splitwise_llm.wire.keys import device_files
@@ -191,19 +192,23 @@ def _show(figures: dict[str, object], links: dict[str, LinkSpec], said: str | No
         out.print(f"load average {load:.1f}: other programs were running, and the figures are slower than the machine")
 
 
-def _accuracy(model: str, text: Path, size: tuple[int, int], dtype: Dtype, threads: int, out_file: Path | None) -> None:
+def _accuracy(
+    model: str, text: Path, size: tuple[int, int], dtype: Dtype, kernels: Kernels, threads: int, out_file: Path | None
+) -> None:
     """`size`: tokens, and groups of layers."""
     try:
         passage = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{text} is not valid UTF-8 ({error}); convert it with iconv -t UTF-8") from None
     with whole(out_file.with_suffix(".accuracy.json") if out_file else None) as target:
-        _measure_accuracy(model, text.name, passage, size, dtype, threads, target)
+        table = _measure_accuracy(model, text.name, passage, size, dtype, kernels, threads)
+        if target:
+            target.write_text(table.to_json() + "\n")
 
 
 def _measure_accuracy(
-    model: str, name: str, passage: str, size: tuple[int, int], dtype: Dtype, threads: int, target: Path | None
-) -> None:
+    model: str, name: str, passage: str, size: tuple[int, int], dtype: Dtype, kernels: Kernels, threads: int
+) -> Accuracy:
     tell("loading torch")
     import torch
 
@@ -215,7 +220,6 @@ def _measure_accuracy(
     checkpoint = Checkpoint(locate(model))
     ids = Tokenizer(checkpoint.directory).encode(passage)
     tokens, groups = size
-    table, figures = measure(checkpoint, ids, name, tokens, dtype, tell, groups)
-    if target:
-        target.write_text(table.to_json() + "\n")
+    table, figures = measure(checkpoint, ids, name, tokens, dtype, tell, groups, kernels)
     report(figures, None)
+    return table

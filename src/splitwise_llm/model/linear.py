@@ -29,6 +29,9 @@ from splitwise_llm.model import compiled
 from splitwise_llm.model.packed import Packed, exact_int8_product, pack, pack_int8
 from splitwise_llm.spec import INT4_GROUP, Kernels, Weights
 
+INT4_TURN_ROWS = 64
+"""More are multiplied in turns by our own kernel: it leaves fp32 beside the result. 3 % slower than all of 398 rows at
+once, and the prompt of a machine with half of TinyLlama takes 20 MB less for each 100 rows."""
 INT8_FEW_ROWS = 20
 INT4_FEW_ROWS = 80
 FP16_FEW_ROWS = 4
@@ -189,6 +192,8 @@ class Int4(Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._own is not None:
+            if len(x) > INT4_TURN_ROWS:
+                return torch.cat([self(some) for some in torch.split(x, INT4_TURN_ROWS)])
             rounded = self._own.rounded(x, self.in_features, self._packed.shape[1] * 2, is_signed=True)
             return self._own.int4(rounded, self._packed, self._scale_zero)[:, : self.out_features].to(x.dtype)
         padded, layout = _padded(x, self.in_features, self._packed.shape[1] * 2), int4_layout()
