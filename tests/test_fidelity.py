@@ -162,7 +162,7 @@ def test_groups_are_the_spans_that_the_table_means() -> None:
     assert spans(2) == [range(2), range(2, 4)]
     table = Accuracy({Weights.INT4: (1.0, 2.0, 3.0, 4.0)}, {WirePrecision.INT8: (1.0, 2.0, 3.0, 4.0)}, "made up")
     for layers in (4, 5, 8, 12, 22):
-        for group, (span, boundary) in enumerate(zip(spans(layers), boundaries(layers), strict=True)):
+        for group, (span, boundary) in enumerate(zip(spans(layers), boundaries(layers, 4), strict=True)):
             assert table.wire_by_boundary(WirePrecision.INT8, layers)[boundary] == group + 1
             by_half = table.weights_by_half(Weights.INT4, layers)
             assert sum(by_half[half] for half in span) == pytest.approx(group + 1)

@@ -68,8 +68,8 @@ def test_sessions_over_a_worker_process_lose_what_the_arithmetic_of_the_table_lo
     pieces = [[(37 * n + 11 * piece) % SPEC.vocab_size for n in range(20)] for piece in range(2)]
     text = Text(Checkpoint(locate("bundled")), pieces, 8, Dtype.FP32)
     full = (Weights.FULL,) * 2 * SPEC.num_layers
-    half = boundaries(SPEC.num_layers)[1]
-    wire = next(row for row in wire_rows(SPEC) if row.name == "wire_int4_1")
+    half = boundaries(SPEC.num_layers, 4)[1]
+    wire = next(row for row in wire_rows(SPEC) if row.name == f"wire_int4_before_{half}")
     low = next(row for row in weight_rows(SPEC) if row.name == "weights_int4_0")
 
     async def live(decision: Decision, weights: Weights) -> list[float]:

@@ -1,8 +1,8 @@
 """What a lossy choice costs on real text: nats per token by weight form and wire precision, for spans of a model.
 
-The text is decoded as in a session (at once where that is the same), each position told the true next token; the
-figure of a choice is its mean loss minus that of full weights and an exact wire on the same positions. It does not use
-a network.
+The text is decoded token by token as in a session (in full weights at once, which is the same), each position told the
+true next token; the figure of a choice is its mean loss minus that of full weights and an exact wire on the same
+positions. It does not use a network.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from splitwise_llm.model.checkpoint import Checkpoint
 from splitwise_llm.model.share import Share
 from splitwise_llm.model.weights import Need, Resident
 from splitwise_llm.partition import Partition
-from splitwise_llm.spec import Dtype, Kernels, Weights
+from splitwise_llm.spec import Dtype, Weights
 from splitwise_llm.wire.codec import round_trip
 
 GROUPS = 4
-"""Of layers, unless told otherwise; the crossings between them have twice as many."""
+"""Of layers, unless told otherwise."""
 PROMPT_TOKENS, WINDOW_TOKENS = 32, 480
 LOSSY_WEIGHTS: tuple[Weights, ...] = (Weights.INT8, Weights.INT4)
 LOSSY_WIRES: tuple[WirePrecision, ...] = tuple(wire for wire in WirePrecision if wire is not WirePrecision.FP32)
@@ -52,7 +52,7 @@ def spans(num_layers: int, groups: int = GROUPS) -> list[range]:
     return [range(of_half.index(g), of_half.index(g) + of_half.count(g)) for g in range(groups)]
 
 
-def boundaries(num_layers: int, groups: int = GROUPS) -> list[int]:
+def boundaries(num_layers: int, groups: int) -> list[int]:
     """The half in the middle of each group of boundaries, again as `Accuracy` divides them; as many groups as halves,
     and each boundary is one."""
     groups = min(groups, 2 * num_layers)
@@ -63,27 +63,22 @@ def boundaries(num_layers: int, groups: int = GROUPS) -> list[int]:
 class Text:
     """A model and a text cut into windows; `nats` decodes all of it under a choice."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, windows: Sequence[Sequence[int]], prompt: int, dtype: Dtype,
-        kernels: Kernels = Kernels.TORCH,
-    ) -> None:  # fmt: skip
+    def __init__(self, checkpoint: Checkpoint, windows: Sequence[Sequence[int]], prompt: int, dtype: Dtype) -> None:
         self.spec, self._windows, self._prompt = checkpoint.architecture.spec, windows, prompt
         self._capacity = max(len(window) for window in windows)
         need = need_of(Partition.all_on(self.spec, 0), 0)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._need, self._halved = need, Partition.shared(self.spec, {0: 1, 1: 1})
-        forms = (Weights.FULL, *LOSSY_WEIGHTS)
-        self._residents = {form: Resident(checkpoint, dtype, form, device, kernels) for form in forms}
+        self._residents = {form: Resident(checkpoint, dtype, form, device) for form in (Weights.FULL, *LOSSY_WEIGHTS)}
         for resident in self._residents.values():
             resident.load(need)
 
     def nats(self, choice: Choice) -> list[float]:
-        """Loss of each position after the prompts, in nats. A window is read at once where each position loses what it
-        would alone: on the wire each has a scale of its own, and so it has in our own int4 kernel; torch has other
-        kernels for many rows of low-bit weights than for one, which of small int8 weights are ours, too."""
+        """Loss of each position after the prompts, in nats. In full weights a window is read at once: each position
+        has a scale of its own on the wire, so that it loses what it would alone. For many rows of low-bit weights torch
+        has other kernels than for one, so those are decoded one by one."""
         lost: list[float] = []
-        own_int4 = self._residents[Weights.INT4].kernels is Kernels.COMPILED
-        is_at_once = set(choice.weights) <= {Weights.FULL} | ({Weights.INT4} if own_int4 else set())
+        is_full = set(choice.weights) == {Weights.FULL}
         with torch.inference_mode():
             for window in self._windows:
                 shares = {
@@ -91,7 +86,7 @@ class Text:
                     for form in {Weights.FULL, *choice.weights}
                 }
                 parts = self._parts(choice) if choice.shared else {}
-                stops = [len(window) - 1] if is_at_once else range(self._prompt, len(window))
+                stops = [len(window) - 1] if is_full else range(self._prompt, len(window))
                 start = 0
                 for stop in stops:
                     x = self._step(shares, parts, choice, window[start:stop], start)
@@ -153,7 +148,7 @@ def windows(ids: Sequence[int], tokens: int, max_context: int) -> tuple[list[Seq
 
 def measure(
     checkpoint: Checkpoint, ids: Sequence[int], where: str, tokens: int, dtype: Dtype, tell: Callable[[str], None],
-    groups: int = GROUPS, kernels: Kernels = Kernels.AUTO,
+    groups: int = GROUPS,
 ) -> tuple[Accuracy, Figures]:  # fmt: skip
     """The table, and figures with what was measured to make it: standard errors, and each sum beside the whole. Of
     weights and partial sums it has `groups` figures, of crossings twice as many, since a layer has two halves.
@@ -162,7 +157,7 @@ def measure(
     """
     spec = checkpoint.architecture.spec
     pieces, prompt = windows(ids, tokens, spec.max_context)
-    text = Text(checkpoint, pieces, prompt, dtype, kernels)
+    text = Text(checkpoint, pieces, prompt, dtype)
     full = (Weights.FULL,) * (2 * spec.num_layers)
     of_layers, middles = spans(spec.num_layers, groups), boundaries(spec.num_layers, 2 * groups)
     base = text.nats(Choice(full, {}))
@@ -199,7 +194,7 @@ def measure(
         ends[wire] = first, last
     source = (
         f"measured on {date.today().isoformat()} on {where}: {len(base)} tokens in {len(pieces)} pieces, "
-        f"in {dtype} ({fmean(base):.4f} nats per token in full); a wire figure is one crossing in "
+        f"decoded one by one in {dtype} ({fmean(base):.4f} nats per token in full); a wire figure is one crossing in "
         "the middle of its group, one of partials all halves of a group shared by two machines, ends are one crossing "
         "before the first layer and one after the last; differences below zero are noise and stand as 0"
     )

@@ -37,6 +37,8 @@ TOKENS = 42_000
 """As many as the shipped table was measured on, a few less."""
 AT_ONCE = 8
 """Sessions side by side."""
+CROSSINGS = 4
+"""As many of the table's as are run: in the middle of each quarter."""
 CLEAR = 2.0
 """Nats below so many of their standard errors are noise: nothing can be said of their ratio to anything."""
 
@@ -73,11 +75,10 @@ def weight_rows(spec: ModelSpec) -> Iterator[Row]:
 
 
 def wire_rows(spec: ModelSpec) -> Iterator[Row]:
-    """One crossing in the middle of each group: the worker has the embedding and what comes before, the device the
-    rest."""
+    """One crossing, before a half: the worker has the embedding and what comes before, the device the rest."""
     for wire in LOSSY_WIRES:
-        for number, half in enumerate(boundaries(spec.num_layers)):
-            yield Row(f"wire_{wire}_{number}", Decision(Partition.cut(spec, half / 2, WORKER, DEVICE), wire))
+        for half in boundaries(spec.num_layers, CROSSINGS):
+            yield Row(f"wire_{wire}_before_{half}", Decision(Partition.cut(spec, half / 2, WORKER, DEVICE), wire))
 
 
 def plan_rows(spec: ModelSpec) -> Iterator[Row]:

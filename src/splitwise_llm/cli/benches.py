@@ -28,7 +28,8 @@ def exactness(
         ),
     ] = None,
     live_tokens: Annotated[
-        int | None, typer.Option(min=16, help="Of --live, at most so many positions.", show_default="42000")
+        int | None,
+        typer.Option(min=16, help="Of --live, about so many, in pieces of 480.", show_default="42000"),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:

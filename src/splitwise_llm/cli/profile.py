@@ -67,10 +67,17 @@ def profile(
     accuracy: Annotated[
         Path | None, typer.Option(help="Measure nats lost on this text instead; writes NAME.accuracy.json.")
     ] = None,
-    accuracy_tokens: Annotated[int, typer.Option(min=16, help="At most so many tokens of it.")] = 2000,
+    accuracy_tokens: Annotated[
+        int | None, typer.Option(min=16, help="Of --accuracy: about so many, in pieces of 480.", show_default="2000")
+    ] = None,
     accuracy_groups: Annotated[
-        int, typer.Option(min=1, help="Groups of layers with figures of their own; more take longer.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="4",
+            help="Of --accuracy: of layers, each with figures; of crossings twice as many.",
+        ),
+    ] = None,
     dtype: DtypeOption = Dtype.FP32,
     weights: WeightsOption = Weights.FULL,
     kernels: KernelsOption = Kernels.AUTO,
@@ -79,8 +86,10 @@ def profile(
 ) -> None:
     """Measure this machine: units of a model, memory, energy where there is a meter, links to workers."""
     if accuracy:
-        _accuracy(model, accuracy, (accuracy_tokens, accuracy_groups), dtype, kernels, threads, out_file)
+        _accuracy(model, accuracy, accuracy_tokens or 2000, accuracy_groups or 4, dtype, threads, out_file)
         return
+    if accuracy_tokens or accuracy_groups:
+        raise RequestError("--accuracy-tokens and --accuracy-groups are of --accuracy: give it a text, too")
     tell("loading torch")
     from splitwise_llm.wire.keys import device_files
 
@@ -193,21 +202,20 @@ def _show(figures: dict[str, object], links: dict[str, LinkSpec], said: str | No
 
 
 def _accuracy(
-    model: str, text: Path, size: tuple[int, int], dtype: Dtype, kernels: Kernels, threads: int, out_file: Path | None
+    model: str, text: Path, tokens: int, groups: int, dtype: Dtype, threads: int, out_file: Path | None
 ) -> None:
-    """`size`: tokens, and groups of layers."""
     try:
         passage = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{text} is not valid UTF-8 ({error}); convert it with iconv -t UTF-8") from None
     with whole(out_file.with_suffix(".accuracy.json") if out_file else None) as target:
-        table = _measure_accuracy(model, text.name, passage, size, dtype, kernels, threads)
+        table = _measure_accuracy(model, text.name, passage, tokens, groups, dtype, threads)
         if target:
             target.write_text(table.to_json() + "\n")
 
 
 def _measure_accuracy(
-    model: str, name: str, passage: str, size: tuple[int, int], dtype: Dtype, kernels: Kernels, threads: int
+    model: str, name: str, passage: str, tokens: int, groups: int, dtype: Dtype, threads: int
 ) -> Accuracy:
     tell("loading torch")
     import torch
@@ -219,7 +227,6 @@ def _measure_accuracy(
     torch.set_num_threads(threads)
     checkpoint = Checkpoint(locate(model))
     ids = Tokenizer(checkpoint.directory).encode(passage)
-    tokens, groups = size
-    table, figures = measure(checkpoint, ids, name, tokens, dtype, tell, groups, kernels)
+    table, figures = measure(checkpoint, ids, name, tokens, dtype, tell, groups)
     report(figures, None)
     return table

@@ -28,7 +28,8 @@ class Accuracy:
     weights: Mapping[Weights, tuple[float, ...]]
     """By weight form: the loss when one layer group alone is in that form."""
     wire: Mapping[WirePrecision, tuple[float, ...]]
-    """By wire precision: the loss of one crossing of the residual stream in the middle of each layer group."""
+    """By wire precision: the loss of one crossing of the residual stream in the middle of each group of crossings,
+    equal spans of the depth, too, of which there may be more than of layers."""
     source: str
     """Where the figures are from, or that they are assumed."""
     partials: Mapping[WirePrecision, tuple[float, ...]] = field(default_factory=dict)

@@ -266,7 +266,8 @@ def train_low_level(
     """Weights learned from nothing, from `states` if there are any, else from random ones.
 
     With a `folder`, progress is kept there every `config.every` rounds and taken up again; the same seed gives the
-    same weights on the same machine, interrupted or not. Raises RequestError where the folder holds another run.
+    same weights on the same machine, interrupted or not; for that torch is left with one thread. Raises RequestError
+    where the folder holds another run.
     """
     return _Training(config, tell, writer, folder, seed, states).run()
 

@@ -284,7 +284,8 @@ def train_per_layer(
     or at places that the seed draws.
 
     Every update depends on (seed, its number) and the weights alone, so that what was interrupted goes on from its
-    checkpoint in `folder` and comes to the same. Raises RequestError where the checkpoint is of another training.
+    checkpoint in `folder` and comes to the same; for that torch is left with one thread. Raises RequestError where
+    the checkpoint is of another training.
     """
     torch.set_num_threads(1)  # other numbers sum in another order, and no two of them learn the same
     torch.manual_seed(seed)

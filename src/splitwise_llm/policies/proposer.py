@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import product
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,20 +81,26 @@ class Weights:
         return tuple(cls.__dataclass_fields__)
 
     @classmethod
-    def load(cls, source: str | Path | IO[bytes] = SHIPPED) -> Weights:
+    def load(cls, source: Path = SHIPPED) -> Weights:
         """Read what `save` wrote. Raises SpecError that names the file."""
         try:
-            with np.load(source, allow_pickle=False) as file:
-                arrays = [np.asarray(file[name], np.float32) for name in cls.names()]
-        except (OSError, ValueError, KeyError) as error:
-            raise SpecError(f"{source} holds no weights of the low level ({error}); train them anew") from error
-        if arrays[0].shape[0] != NUM_FEATURES:
+            with source.open("rb") as opened, np.load(opened) as file:  # one array alone is no context
+                found = cls(*(np.asarray(file[name], np.float32) for name in cls.names()))
+        except (OSError, ValueError, KeyError, EOFError, AttributeError, TypeError, BadZipFile) as error:
             raise SpecError(
-                f"{source} is for {arrays[0].shape[0]} features, this version has {NUM_FEATURES}; train it anew"
-            )
-        return cls(*arrays)
+                f"{source} holds no weights of the low level ({error}); `splitwise train --learner low` makes some"
+            ) from error
+        expected = cls.random(0, found.out.size)
+        for name in cls.names():
+            shape, wanted = getattr(found, name).shape, getattr(expected, name).shape
+            if shape != wanted:
+                raise SpecError(
+                    f"{source}: {name} is {shape}, expected {wanted}; made by another version: train it anew with "
+                    "`splitwise train --learner low`"
+                )
+        return found
 
-    def save(self, target: str | Path | IO[bytes]) -> None:
+    def save(self, target: Path) -> None:
         """As .npz."""
         np.savez(target, **{name: getattr(self, name) for name in self.names()})
 
