@@ -247,7 +247,7 @@ def test_who_finds_no_room_waits_until_another_answer_is_complete(texts: list[tu
             )  # fmt: skip
             return flight, {a.number: a.record.token_ids async for a in flight.answers() if a.record}
 
-    flight, found = asyncio.run(play("18.9MB"))
+    flight, found = asyncio.run(play("21MB"))
     assert [found[number] for number in range(len(PROMPTS))] == texts
     assert 1 <= flight.room < len(PROMPTS)
     assert told_of

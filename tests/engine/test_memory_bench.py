@@ -98,5 +98,6 @@ def test_what_is_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(asked) == len(set(asked))
     assert first.figures["least_over_predicted"] == pytest.approx(0.9)
     assert first.figures["most_over_predicted_long_prompt"] == pytest.approx(1.05)
+    assert first.figures["most_over_limit"] == pytest.approx(0.9 * 1.05)
     memory.run_memory(["int4"], lambda _: None, tmp_path)
     assert {weights for _, weights, _ in asked} == {Weights.INT8, Weights.INT4}

@@ -84,12 +84,12 @@ class Stand:
         self._answer = place / "answer.json"
 
     def run(self, partition: str, weights: Weights, letters: int = LETTERS) -> Taken:
-        """With as much memory allowed on each machine as is predicted, so that the device keeps nothing ready beside
-        its part; fp16 on the wire. Raises WorkerFailed where a process ends otherwise than well."""
+        """With no more memory allowed on each machine than what is predicted needs, so that the device keeps nothing
+        ready beside its part; fp16 on the wire. Raises WorkerFailed where a process ends otherwise than well."""
         prompt = self._text[:letters]
         job = Job(len(self._tokenizer.encode(prompt)), NEW_TOKENS)
         said = predicted(self._spec, partition, weights, job)
-        near, far = (f"{max(math.ceil(size), _LEAST_LIMIT)}B" for size in said)
+        near, far = (f"{max(math.ceil(limit_for(size)), _LEAST_LIMIT)}B" for size in said)
         form = ["--dtype", "bf16", "--weights", weights.value, "--memory"]
         with worker(str(self._model), *form, far) as cloud:
             _complete([
@@ -100,6 +100,11 @@ class Stand:
         record = RequestRecord.from_dict(json.loads(self._answer.read_text()))
         peaks = {machine.name: machine.peak_memory_bytes for machine in record.machines}
         return Taken(said, (peaks[NAMES[0]], peaks.get(NAMES[1], 0)), job.prompt_tokens)
+
+
+def limit_for(size: float) -> float:
+    """The least limit under which so many bytes are admissible."""
+    return size / (1 - cost.HELD_BACK) + 1
 
 
 def predicted(spec: ModelSpec, partition: str, weights: Weights, job: Job) -> tuple[float, float]:
@@ -129,7 +134,7 @@ def run_memory(forms: Sequence[str], tell: Tell, keep: Path | None = None) -> Fi
     predicted, with a prompt of 16 tokens; `..._long_prompt` with one of 398. The least and the most of all of them.
     What is kept in a folder, the model too (2.2 GB), is not made again.
 
-    Raises RequestError, WorkerFailed.
+    `most_over_limit`: growth over the limit, which is what the prediction needs. Raises RequestError, WorkerFailed.
     """
     if unknown := {*forms} - {*FORMS}:
         raise RequestError(f"there is no form {min(unknown)!r}; the forms are {', '.join(FORMS)}")
@@ -157,7 +162,8 @@ def run_memory(forms: Sequence[str], tell: Tell, keep: Path | None = None) -> Fi
                         tell(f"{form} {case}{kind} {name}: {ratio:.3f} of predicted, {note}")
     for kind, each in ratios.items():
         result.add(f"least_over_predicted{kind}", min(each), f"of {len(each)}: at least 0.9")
-        result.add(f"most_over_predicted{kind}", max(each), "at most 1.1; the limit was what is predicted")
+        result.add(f"most_over_predicted{kind}", max(each), "at most 1.1")
+    result.add("most_over_limit", max(map(max, ratios.values())) * (1 - cost.HELD_BACK), "at most 1")
     return result
 
 

@@ -46,7 +46,10 @@ WeightsOption = Annotated[Weights, typer.Option(help="How weights stay in memory
 KernelsOption = Annotated[
     Kernels, typer.Option(help="Products with few rows; compiled: faster, made by a C compiler, on AVX-512.")
 ]
-Memory = Annotated[str, typer.Option(help="Memory for weights and cache, as in 2GB; default: what is free.")]
+Memory = Annotated[
+    str,
+    typer.Option(help="What it may take, as in 2GB; plans count on nine tenths; default: what is free."),
+]
 Emulate = Annotated[str, typer.Option(help="Stretch compute: a factor (2.5) or a device file (JSON).")]
 Profile = Annotated[str, typer.Option(help="What this machine can do: a device file, as `splitwise profile` writes.")]
 Tls = Annotated[Path | None, typer.Option(help="Directory made by `splitwise keys`.")]
@@ -68,8 +71,11 @@ Tokens = Annotated[int, typer.Option(min=3, help="Tokens per run.")]
 
 
 def machine_options(memory: str, emulate: str) -> dict[str, Any]:
+    """As machines take them; of the memory, what plans may count on."""
+    from splitwise_llm.cost import HELD_BACK
+
     return {
-        "memory_bytes": parse_bytes(memory) if memory else None,
+        "memory_bytes": int((1 - HELD_BACK) * parse_bytes(memory)) if memory else None,
         "emulate": parse_emulation(emulate) if emulate else None,
     }
 

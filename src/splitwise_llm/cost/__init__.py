@@ -17,7 +17,7 @@
 """
 
 from splitwise_llm.cost.accuracy import NO_LOSS, Accuracy
-from splitwise_llm.cost.bill import Bill, bill, memory_bytes
+from splitwise_llm.cost.bill import HELD_BACK, Bill, bill, memory_bytes
 from splitwise_llm.cost.chunking import best_chunk, default_chunk
 from splitwise_llm.cost.counts import (
     assigned_kv_bytes,
@@ -41,6 +41,7 @@ from splitwise_llm.cost.terms import IDLE, Basis, Delay, Form, Load, Pair
 from splitwise_llm.cost.world import Drafter, Job, Tariff, World
 
 __all__ = [
+    "HELD_BACK",
     "IDLE",
     "NO_LOSS",
     "UNLIMITED",
