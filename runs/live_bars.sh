@@ -8,8 +8,12 @@ cd "$(dirname "$0")/.."
 make venv
 mkdir -p out
 for part in weights wires plans; do
+  text=()
+  if [ "$part" = weights ]; then  # which the table has from there
+    text=(--text src/splitwise_llm/data/excerpt.txt --live-tokens 4800)
+  fi
   if [ ! -s "out/live_$part.json" ]; then
-    .venv/bin/splitwise bench exactness --live "$part" --json "out/live_$part.json"
+    .venv/bin/splitwise bench exactness --live "$part" "${text[@]}" --json "out/live_$part.json"
   fi
 done
 .venv/bin/splitwise bench serving --memory bf16 --memory int8 --memory int4 --keep out/memory --json out/memory.json

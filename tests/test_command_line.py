@@ -222,14 +222,15 @@ def test_options_that_cannot_work_are_refused_with_the_remedy(arguments: list[st
     assert says in refused("generate", *arguments, PROMPT)
 
 
-# Dies when cli/benches.py says `if False:` for `if live_tokens:`.
 # Dies when cli/options.py says `int(parse_bytes(memory))` for `int((1 - HELD_BACK) * parse_bytes(memory))`.
 def test_of_the_memory_that_is_allowed_a_tenth_is_not_planned_with() -> None:
     assert machine_options("2GB", "")["memory_bytes"] == 1_800_000_000
     assert machine_options("", "")["memory_bytes"] is None
 
 
+# Dies when cli/benches.py says `if False:` for `if live_tokens:`.
 def test_options_of_a_part_that_is_not_run_are_refused(tmp_path: Path) -> None:
+    assert "are of --accuracy" in refused("profile", "--accuracy-groups", "8")
     assert "--live-tokens is of --live" in refused("bench", "exactness", "--live-tokens", "100")
     assert "--keep is of --memory" in refused("bench", "serving", "--keep", str(tmp_path))
 

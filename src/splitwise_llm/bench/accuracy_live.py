@@ -34,7 +34,8 @@ from splitwise_llm.wire.codec import ElementLoss
 
 WORKER = 1
 TOKENS = 42_000
-"""As many as the shipped table was measured on, a few less."""
+"""About as many as the shipped table's wires, partial sums and ends were measured on; weights on fewer, of the
+excerpt (data/README.md): compare those on the same."""
 AT_ONCE = 8
 """Sessions side by side."""
 CROSSINGS = 4
