@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import shutil
+from dataclasses import asdict, replace
 from functools import cache
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,12 @@ from splitwise_llm.bench.cells import Setting, Size, mean_estimate
 from splitwise_llm.bench.claims import claims_of, judged
 from splitwise_llm.bench.outcome import Outcome, compared, ratio, together
 from splitwise_llm.bench.scenarios import CAUSAL, CLAIRVOYANT, Grid, cell_from, figures_of, run_grid, scalings
-from splitwise_llm.bench.variants import VARIANTS, digest_of, is_ours, weight_files
+from splitwise_llm.bench.variants import VARIANTS, digest_of, is_ours, per_layer_policies, weight_files
 from splitwise_llm.cost import Table
-from splitwise_llm.errors import RequestError, SpecError
+from splitwise_llm.errors import ModelError, RequestError, SpecError
 from splitwise_llm.page import to_csv
+from splitwise_llm.policies.guided import Constant
+from splitwise_llm.policies.knobs import Constants
 from splitwise_llm.records import Cell, Estimate
 from splitwise_llm.sim.params import CloudProcess, SharedCloud
 from splitwise_llm.sim.scenarios import HEAVY, SCENARIOS, Case, find_scenario
@@ -93,8 +98,38 @@ def test_a_cell_says_how_often_it_fell_back_and_which_knobs_it_turned(weights: P
 def test_a_folder_without_weights_and_names_of_none_are_refused(weights: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="has no weights"):
         weight_files(tmp_path / "nowhere")
-    with pytest.raises(RequestError, match="no weights 'other'; there are dear, lost, neutral"):
+    with pytest.raises(
+        RequestError,
+        match="no weights for splitwise@other; there are splitwise@dear, splitwise@lost, splitwise@neutral",
+    ):
         small(weights).chooser("splitwise@other")
+
+
+def test_what_a_folder_holds_becomes_rows_of_the_policies_it_is_of(weights: Path) -> None:
+    paper = Path(str(resources.files("splitwise_llm"))) / "data" / "policies" / "per_layer.npz"
+    shutil.copy(paper, weights / "again.npz")
+    (weights / "cheap.json").write_text(json.dumps({"constants": asdict(Constants(cloud=0.5))}))
+    found = weight_files(weights)
+    ours = {f"splitwise@{name}" for name in ("dear", "lost", "neutral")}
+    assert set(found) == {*ours, "splitwise-paper@again", "tuned@cheap"}
+    setting = small(weights)
+    chooser = setting.chooser("tuned@cheap")
+    assert isinstance(chooser, Constant)
+    assert chooser.constants == Constants(cloud=0.5)
+    again, shipped = (setting.run(name) for name in ("splitwise-paper@again", "splitwise-paper"))
+    assert np.array_equal(again.total_s, shipped.total_s)
+    assert len(per_layer_policies(found)) == 1
+    made = [scenarios.cell(setting, name) for name in ("tuned@cheap", "splitwise@dear")]
+    figures = figures_of(made, {}).figures
+    assert figures["flaky-wan.orin-gpt2xl/tuned@seeds/mean_s"] == made[0].metrics["mean_s"].value
+    assert figures["flaky-wan.orin-gpt2xl/splitwise@seeds/mean_s"] == made[1].metrics["mean_s"].value
+
+
+@pytest.mark.parametrize("name", ["low_level.npz", "tuned.json"])
+def test_what_is_of_none_of_them_is_refused_before_anything_is_run(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"PK nothing")
+    with pytest.raises(ModelError, match=name):
+        weight_files(tmp_path)
 
 
 def test_forms_of_ours_are_no_rivals_of_ours() -> None:

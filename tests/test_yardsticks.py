@@ -316,7 +316,7 @@ def test_neutral_weights_come_to_drift_with_and_without_a_weight_on_energy(w_ene
     file = tmp_path / "neutral.npz"
     steady_network().save(file)
     name = "splitwise@neutral"
-    result = causal_row(find_row("private-mec-pi5-gpt2"), w_energy, Size(2, 12), [name], {"neutral": file})
+    result = causal_row(find_row("private-mec-pi5-gpt2"), w_energy, Size(2, 12), [name], {name: file})
     assert np.array_equal(result.costs[name], result.costs["drift"])
     assert result.over[f"{name}_over_drift"].value == 1.0
     assert f"{name}_over_causal" in result.over

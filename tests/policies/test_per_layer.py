@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from splitwise_llm.cost import Floor, Host, Job, Limits, Load, World, obstacle
 from splitwise_llm.decision import Decision
-from splitwise_llm.errors import RequestError
+from splitwise_llm.errors import ModelError, RequestError
 from splitwise_llm.observation import EVERYTHING, MachineView, Observation
 from splitwise_llm.partition import Partition
 from splitwise_llm.policies import find_policy
@@ -18,7 +19,7 @@ from splitwise_llm.policies.choosers import find_chooser
 from splitwise_llm.policies.layer_chooser import LayerChooser, layer_plans
 from splitwise_llm.policies.menus import menu
 from splitwise_llm.policies.objective import Latency
-from splitwise_llm.policies.per_layer import NUM_FIGURES, PAST, PerLayer, Site
+from splitwise_llm.policies.per_layer import NUM_FIGURES, PAST, PerLayer, Site, read_network, shipped_network
 from splitwise_llm.policies.per_layer_network import (
     HISTORY_WIDTH,
     PAST_FIGURES,
@@ -29,6 +30,7 @@ from splitwise_llm.policies.per_layer_network import (
     FfnMode,
     Network,
     Rules,
+    shapes,
 )
 from splitwise_llm.spec import DeviceSpec, Dtype, LinkSpec, ModelSpec, Weights, find_device, find_model
 
@@ -188,3 +190,18 @@ def test_the_shipped_weights_are_small_and_know_the_plain_cases(model: str, link
 
 def test_the_simulator_is_given_a_chooser() -> None:
     assert isinstance(find_chooser("splitwise-paper", EVERYTHING, Limits()), LayerChooser)
+
+
+def test_weights_of_ones_own_are_read_and_what_are_none_says_so(tmp_path: Path) -> None:
+    shipped = Path(str(resources.files("splitwise_llm") / "data/policies/per_layer.npz"))
+    policy = find_policy(f"splitwise-paper:{shipped}")
+    assert isinstance(policy, PerLayer)
+    assert policy.weights.weights.keys() == shipped_network().weights.keys() == shapes(NUM_FIGURES).keys()
+    with np.load(shipped) as arrays:
+        other = {name: arrays[name] for name in arrays.files} | {"copy": np.zeros(3)}
+    for name, content in (("short", {"copy": other["copy"]}), ("wide", other)):
+        np.savez(tmp_path / f"{name}.npz", **content)
+        with pytest.raises(ModelError, match=rf"{name}.npz: .* of \(\d+,\) is not there"):
+            read_network(tmp_path / f"{name}.npz")
+    with pytest.raises(ModelError, match="no weights of splitwise-paper"):
+        read_network(tmp_path / "none.npz")

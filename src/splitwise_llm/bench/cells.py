@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from splitwise_llm.bench.outcome import resampled
-from splitwise_llm.bench.variants import chooser_of
+from splitwise_llm.bench.variants import chooser_of, per_layer_policies
 from splitwise_llm.cost import Job, Limits, Table, World
 from splitwise_llm.cost.terms import Form
 from splitwise_llm.decision import Decision, WirePrecision
@@ -92,7 +92,7 @@ class Setting:
     acceptance: float = 0.6
     first_trace: int = 0
     weights: Mapping[str, Path] = field(default_factory=dict)
-    """Of rows `splitwise@NAME`."""
+    """Of rows of learned policies with weights of their own, as `splitwise@NAME`."""
     _results: dict[str, Records] = field(default_factory=dict)
     _choosers: dict[str, Chooser] = field(default_factory=dict)
     _minds: dict[str, Mind] = field(default_factory=dict)
@@ -117,7 +117,8 @@ class Setting:
         for tools in (PLAIN, TOOLS):
             penalty, weights = typical(world, job, tools, self.limits, self.case.per_s)
             objectives[tools] = [Latency(), DriftPlusPenalty(penalty, weights)]
-            for name, (_, policy) in POLICIES.items():
+            others = [("", one) for one in per_layer_policies(self.weights)]
+            for name, policy in [*((name, one) for name, (_, one) in POLICIES.items()), *others]:
                 if isinstance(policy, PerLayer):
                     plans = layer_plans(policy, world, job, tools, self.limits, states, self.case.per_s)
                     extra |= dict.fromkeys(plans)

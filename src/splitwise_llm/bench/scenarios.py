@@ -107,7 +107,7 @@ class Grid:
     cut_gaps: bool = False
     """Leave out what recorders paused in, instead of refusing it."""
     weights: Path | None = None
-    """A folder of weights, each of which becomes a row `splitwise@NAME`."""
+    """A folder of weights and constants, each of which becomes a row, as `splitwise@NAME` (`variants.weight_files`)."""
     few: bool = False
     """Every case, but the policies of what is quick only."""
 
@@ -135,7 +135,7 @@ class Grid:
     def policies(self, scenario: Scenario) -> tuple[str, ...]:
         """Every rival with and without tools, ours with other weights, and ours without each ingredient; a crowd of
         devices on one cloud is slow to simulate, so fewer there."""
-        seeds = tuple(f"{OURS}@{name}" for name in self.weight_files)
+        seeds = tuple(self.weight_files)
         few = self.quick or self.few
         if scenario.num_devices > CROWD:
             return (*(FEW_CROWDED if few else CROWDED), *seeds)
@@ -469,14 +469,15 @@ def figures_of(cells: Sequence[Cell], settings: dict[str, object]) -> Figures:
 
 
 def _add_spread(figures: Figures, cells: Sequence[Cell]) -> None:
-    """`<scenario>.<case>/splitwise@seeds/mean_s`: mean over the weights that were given, with standard deviation,
-    least and most."""
+    """`<scenario>.<case>/splitwise@seeds/mean_s`: mean over the weights that a learned policy was given, with standard
+    deviation, least and most."""
     seeds: dict[str, list[float]] = {}
     for one in cells:
-        if one.policy.startswith(OURS + "@"):
+        learner, at, _ = one.policy.partition("@")
+        if at:
             tools = WITH_TOOLS if one.policy.endswith(WITH_TOOLS) else ""
             for metric in ("mean_s", "p95_s", "device_j"):
-                name = f"{one.scenario}.{one.case}/{OURS}@seeds{tools}/{metric}"
+                name = f"{one.scenario}.{one.case}/{learner}@seeds{tools}/{metric}"
                 seeds.setdefault(name, []).append(one.metrics[metric].value)
     for name, values in seeds.items():
         figures.add(name, float(np.mean(values)))

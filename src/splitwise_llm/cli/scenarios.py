@@ -36,7 +36,10 @@ def bench_scenarios(
     keep: Annotated[
         Path | None, typer.Option(help="Folder for finished cells; what is there is not run again.")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Folder of weights (*.npz): a row splitwise@NAME each.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Folder of weights (*.npz) and constants (*.json): a row each, as splitwise@NAME."),
+    ] = None,
     bars: Annotated[
         Path | None, typer.Option(help="Write what splitwise must reach, row by row, there (Markdown).")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,11 +12,11 @@ from splitwise_llm.observation import Policy
 from splitwise_llm.policies.low_level import Level
 from splitwise_llm.policies.mind import Splitwise
 from splitwise_llm.policies.network import Network
-from splitwise_llm.policies.per_layer import PerLayer
+from splitwise_llm.policies.per_layer import PerLayer, read_network
 from splitwise_llm.policies.pipelines import EdgeShard, Program
 from splitwise_llm.policies.planners import PLANNERS, Planner
 from splitwise_llm.policies.splitting import LayerSplitting
-from splitwise_llm.policies.tuned import Tuned
+from splitwise_llm.policies.tuned import Tuned, read_constants
 
 POLICIES: dict[str, tuple[str, Policy]] = {planner.name: (planner.says, planner) for planner in PLANNERS} | {
     "edgeshard-latency": ("EdgeShard's latency program for the expected conditions", EdgeShard()),
@@ -28,14 +29,19 @@ POLICIES: dict[str, tuple[str, Policy]] = {planner.name: (planner.says, planner)
     "edgeshard-replanned": ("EdgeShard's latency program for each request, now", EdgeShard(current=True)),
 }
 """Name -> (what it does, the policy)."""
+_FROM_FILE: dict[str, Callable[[str, Path], Policy]] = {
+    "splitwise": lambda name, file: Splitwise(name, Network.load(file)),
+    "splitwise-paper": lambda _, file: PerLayer(read_network(file)),
+    "tuned": lambda name, file: Tuned(name, read_constants(file)),
+}
 
 
 def find_policy(name: str) -> Policy:
-    """A policy by its name; `splitwise:FILE` with weights of one's own. Raises RequestError that suggests the nearest,
-    ModelError for what are no such weights."""
+    """A policy by its name; `splitwise:FILE`, `splitwise-paper:FILE` and `tuned:FILE` with weights or constants of
+    one's own. Raises RequestError that suggests the nearest, ModelError for what are no such weights."""
     known, colon, file = name.partition(":")
-    if colon and known == "splitwise":
-        return Splitwise(name, Network.load(Path(file)))
+    if colon and known in _FROM_FILE:
+        return _FROM_FILE[known](name, Path(file))
     if name not in POLICIES:
         near = get_close_matches(name, POLICIES, 1, 0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -24,20 +24,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
+from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
 from splitwise_llm.cost import Bill, Job, Limits, World, bill, counts, obstacle
 from splitwise_llm.cost.terms import Load
 from splitwise_llm.decision import Decision
-from splitwise_llm.errors import RequestError
+from splitwise_llm.errors import ModelError, RequestError
 from splitwise_llm.lyapunov import Penalty
 from splitwise_llm.observation import PLAIN, Observation
 from splitwise_llm.partition import Part, Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.policies import rules
 from splitwise_llm.policies.in_flight import decided_once, reachable
-from splitwise_llm.policies.per_layer_network import PAST, Actions, Floats, Network, Rules
+from splitwise_llm.policies.per_layer_network import PAST, Actions, Floats, Network, Rules, shapes
 from splitwise_llm.policies.pipelines import driven
 from splitwise_llm.policies.planners import typical
 from splitwise_llm.policies.solver import nothing_admissible
@@ -192,15 +194,26 @@ def _rules(world: World, job: Job, limits: Limits) -> Rules:
     return Rules(layers * one, spec.num_kv_heads * one, forced, size, room, tied)
 
 
-@cache
-def shipped_network() -> Network:
-    """The weights in the package. Raises RequestError where there are none."""
-    file = resources.files("splitwise_llm") / "data/policies/per_layer.npz"
+def read_network(file: Path) -> Network:
+    """What `splitwise train --learner paper` has written. Raises ModelError."""
     try:
         with file.open("rb") as opened, np.load(opened) as arrays:
-            return Network({name: arrays[name] for name in arrays.files})
-    except OSError as error:
-        raise RequestError("the package has no weights of splitwise-paper; train it, and give its weights") from error
+            found = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile) as error:
+        raise ModelError(f"{file}: no weights of splitwise-paper ({error}); {_MAKE}") from error
+    for name, shape in shapes(NUM_FIGURES).items():
+        if name not in found or found[name].shape != shape:
+            raise ModelError(f"{file}: no weights of splitwise-paper: {name} of {shape} is not there; {_MAKE}")
+    return Network(found)
+
+
+_MAKE = "make some with `splitwise train --learner paper`"
+
+
+@cache
+def shipped_network() -> Network:
+    """The weights in the package. Raises ModelError where there are none."""
+    return read_network(Path(str(resources.files("splitwise_llm") / "data/policies/per_layer.npz")))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -291,4 +304,4 @@ def plain_partitions(world: World, job: Job, limits: Limits) -> list[Partition]:
     raise RequestError(nothing_admissible(world, job, limits))
 
 
-__all__ = ["NUM_FIGURES", "PerLayer", "Site", "plain_partitions", "shipped_network"]
+__all__ = ["NUM_FIGURES", "PerLayer", "Site", "plain_partitions", "read_network", "shipped_network"]

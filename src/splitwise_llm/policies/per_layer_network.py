@@ -134,6 +134,30 @@ def _log_sigmoid(x: Floats) -> Floats:
     return result
 
 
+def shapes(num_figures: int) -> dict[str, tuple[int, ...]]:
+    """Of a network's weights by name, for a state of so many figures."""
+
+    def linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+    def gru(name: str, inputs: int, width: int) -> dict[str, tuple[int, ...]]:
+        wide = 3 * width
+        sizes = {"weight_ih": (wide, inputs), "weight_hh": (wide, width), "bias_ih": (wide,), "bias_hh": (wide,)}
+        return {f"{name}.{part}_l0": shape for part, shape in sizes.items()}
+
+    return {
+        "copy": (2,),
+        **dict.fromkeys(("figures_mean", "figures_std"), (num_figures,)),
+        **dict.fromkeys(("past_mean", "past_std"), (PAST_FIGURES,)),
+        **gru("history", PAST_FIGURES, HISTORY_WIDTH),
+        **linear("first", num_figures + HISTORY_WIDTH, WIDTH),
+        **linear("second", WIDTH, STATE_WIDTH),
+        **gru("layers", STEP_INPUTS + STATE_WIDTH, WIDTH),
+        **linear("groups", WIDTH, 1 + WAVES),
+        **linear("ffn", WIDTH, len(FfnMode)),
+    }
+
+
 class Network:
     """The policy's weights by name, as PyTorch lays them out."""
 
