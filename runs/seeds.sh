@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Five trainings of the policy splitwise that differ by their seed, from an empty machine, and what each is worth on the
-# test traces: rows `splitwise@seed-N` of out/seeds.json. About twenty minutes of two cores for each training; stopped, it
-# goes on where it was. The first is what `runs/train_policy.sh` makes.
+# Trainings that differ by their seed, from an empty machine: five of the policy splitwise, three of the paper's and three
+# vectors of constants; and what each is worth on the test traces: rows `splitwise@seed-N`, `splitwise-paper@paper-N` and
+# `tuned@tuned-N` of out/seeds.json. About twenty minutes of two cores for each of the first, five for each of the second,
+# forty of one for each vector; stopped, it goes on where it was. Seeds 0 are what ships (`runs/train_policy.sh`,
+# `runs/tune_constants.sh`).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make venv
@@ -9,6 +11,11 @@ mkdir -p out/seeds out/cells
 for seed in 0 1 2 3 4; do
   .venv/bin/splitwise train --learner high --seed "$seed" --processes 2 --out "out/training/seed-$seed"
   cp "out/training/seed-$seed/splitwise.npz" "out/seeds/seed-$seed.npz"
+done
+for seed in 0 1 2; do
+  .venv/bin/splitwise train --learner paper --seed "$seed" --out "out/training/paper-$seed"
+  cp "out/training/paper-$seed/per_layer.npz" "out/seeds/paper-$seed.npz"
+  .venv/bin/splitwise bench constants --seed "$seed" --to "out/seeds/tuned-$seed.json" --keep "out/training/tuning-$seed.json"
 done
 scenarios=()
 for name in healthy-cloud capable-edge private-mec private-wan flaky-wan tunnel day long-prompt; do

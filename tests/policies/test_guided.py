@@ -152,6 +152,18 @@ def test_a_cloud_that_is_full_looks_the_same_however_full_it_is_and_is_priced_as
     assert (fuller.d1[:, cloud] > full.d1[:, cloud])[np.isfinite(full.d1[:, cloud])].all()
 
 
+# Dies when policies/guided.py says `self._bound(least, self.eta, self.slack) - least` for
+# `self._bound(least, ETA, SLACK) - least`.
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("times", [0.0, 3.0])
+def test_what_is_seen_does_not_depend_on_the_filter(params: Params, guide: Guide, times: float) -> None:
+    other = replace(guide, eta=times * guide.eta, slack=times * guide.slack, _tables={})
+    for menu in menus(params, 60):
+        priced, same = guide.price(menu), other.price(menu)
+        assert np.array_equal(features(same), features(priced))
+        assert not np.array_equal(same.bound, priced.bound)
+
+
 def test_the_likeliest_value_that_is_not_masked_is_taken() -> None:
     logits = np.zeros((1, sum(SIZES)), np.float32)
     logits[0, Mode.SHED] = 5.0

@@ -8,7 +8,7 @@ between by a straight line. A move, or a machine that has lost something, makes 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,14 +150,18 @@ def _pattern(held: Held, context: int) -> Pattern:
     """What one machine has, but for how many positions there are by now. A stream that is not kept to the end is of no
     use."""
     caches: list[tuple[object, ...]] = []
+    before: Mapping[int, int] | None = None
+    said: tuple[object, ...] = ()
     for half, units in held.filled.items():
-        least = min(units.values(), default=0)
-        if least >= context:
-            caches.append((half, tuple(units)))
-        elif least == max(units.values()):
-            caches.append((half, tuple(units), least))
-        else:
-            caches.append((half, tuple((unit, None if has >= context else has) for unit, has in units.items())))
+        if units != before:  # most halves are as the one before them, and comparing takes less than looking closely
+            before, least = units, min(units.values(), default=0)
+            if least >= context:
+                said = (tuple(units),)
+            elif least == max(units.values()):
+                said = (tuple(units), least)
+            else:
+                said = (tuple((unit, None if has >= context else has) for unit, has in units.items()),)
+        caches.append((half, *said))
     kept = [(half, spans[-1][0]) for half, spans in held.kept.items() if spans and spans[-1][1] >= context]
     return tuple(caches), tuple(kept)
 

@@ -39,18 +39,20 @@ TOTAL = COUNT + EPOCHS * len(SEEN)
 _BOUNDED = {"fresh", "down now", "one slot", "acceptance", "forecast outage soon", "forecast outage in a request"} | {
     f"{mode.name.lower()} {name}" for mode in CLASSES for name in ("there", "now")
 }
-_OPEN = np.array([name not in _BOUNDED for name in NAMES])
-"""(COUNT,): what is squashed."""
+_OPEN = np.array([[name not in _BOUNDED] for name in NAMES])
+"""(COUNT, 1): what is squashed."""
 FULL = 2.0
 """Reference times of waiting for the cloud from which on it is seen as full. A large crowd's cloud backs up further in
 an hour than any that can be learned in; how far is priced by the solver, which sees all of it."""
 _LINK: Pair = (DEVICE, 1)
 _BACK: Pair = (1, DEVICE)
 _FAR = 1e9
+_MOST = np.array([[_FAR], [_FAR], [_FAR], [FULL]])
+"""Of the queues, in reference times."""
 
 
 def _squashed(x: Floats) -> Floats:
-    x = np.clip(x, 0.0, _FAR)  # what is out of reach is infinitely far
+    x = np.minimum(np.maximum(x, 0.0), _FAR)  # what is out of reach is infinitely far
     squashed: Floats = x / (1 + x)
     return squashed
 
@@ -76,23 +78,22 @@ def features(priced: Priced, *, forecasts: bool = True) -> NDArray[np.float32]:
     put(x[:, basis.rtt(*_LINK)] * 10 / t, x[:, basis.inverse(*_LINK)] * 1e5 / t, x[:, basis.inverse(*_BACK)] * 1e5 / t)
     put(past.is_down, past.since_s / 10, past.age_s / 10)
     put(x[:, basis.slow(1)] - 1, x[:, basis.wait(1)] / t, x[:, basis.join(1)] * 10 / t)
-    put(*np.minimum(menu.queues.T / t, [[_FAR], [_FAR], [_FAR], [FULL]]))
+    put(*np.minimum(menu.queues.T / t, _MOST))
     put(*menu.virtual.T)
     put(1 / past.slots, past.others[:, 0] / past.slots, past.others[:, 1] / 4)
     put(penalty.w_energy, menu.table.world.drafter.acceptance)
     prices, best = priced.prices, priced.best
     service = prices.service_s[n, best] + prices.wait_s[n, best]
     put(*(seconds / t for seconds in forecast.outages_s(past)))
-    put(*forecast.outage_within(past, np.stack([np.full(count, t), service])))
+    put(*forecast.outage_within(past, np.array([np.full(count, t), service])))
     put(*forecast.rate_ratio(past).T)
     put(*_outlook(priced))
     here = prepared.classes[np.maximum(menu.current, 0)]
-    unit = priced.bound - priced.least
     one, least = priced.best_of_class, priced.least_of_class  # (classes, systems), as all that follows
     there = np.isfinite(least)
     best_of = raw[at:].reshape(len(CLASSES), len(OF_CLASS), count)
     some = (
-        np.where(there, least - priced.least, 0.0) / unit, prices.service_s[n, one] / t,
+        np.where(there, least - priced.least, 0.0) / priced.unit, prices.service_s[n, one] / t,
         prices.work.device_s[n, one] / t, prices.work.cloud_s[n, one] / t,
         prices.device_j[n, one] / penalty.e_ref_j, np.where(priced.fresh, 0.0, menu.entry_s[n, one] / t),
     )  # fmt: skip
@@ -100,7 +101,7 @@ def features(priced: Priced, *, forecasts: bool = True) -> NDArray[np.float32]:
     for number, value in enumerate(some, 1):
         best_of[:, number] = np.where(there, value, _FAR)
     best_of[:, -1] = ~priced.fresh & (here == np.arange(len(CLASSES))[:, None])
-    raw[_OPEN] = _squashed(raw[_OPEN])
+    raw = np.where(_OPEN, _squashed(raw), raw)
     if not forecasts:
         raw[FORECASTS, :] = 0.0
     return np.concatenate([raw.T, _epochs(past, t).reshape(count, -1)], axis=1).astype(np.float32)
@@ -108,12 +109,12 @@ def features(priced: Priced, *, forecasts: bool = True) -> NDArray[np.float32]:
 
 def _outlook(priced: Priced) -> tuple[Floats, Floats]:
     """(systems,) each: by how much less than of the best plan of now is expected of one that is left when the outage
-    ends, in units of what the filter lets pass; and the share that waiting for that spares."""
+    ends, in units of what the filter that ships lets pass; and the share that waiting for that spares."""
     device, later = np.zeros(len(priced.least)), np.zeros(len(priced.least))
     if priced.prospect is not None:
         at = priced.prospect.at
         least = priced.least[at]
-        device[at] = (least - priced.prospect.d1.min(axis=1)) / (priced.bound[at] - least)
+        device[at] = (least - priced.prospect.d1.min(axis=1)) / priced.unit[at]
         later[at] = np.maximum(priced.prospect.spared, 0.0)
     return device, later
 
@@ -121,7 +122,7 @@ def _outlook(priced: Priced) -> tuple[Floats, Floats]:
 def _epochs(past: Past, t: float) -> Floats:
     """(systems, EPOCHS, SEEN) squashed; rates as the time that 100 kB take."""
     seen = past.epochs
-    raw = np.empty_like(seen)
+    raw = seen.copy()
     raw[..., 0] = seen[..., 0] / 10
     raw[..., 2] = seen[..., 2] * 10 / t
     raw[..., 3:5] = 1e5 / t / np.maximum(seen[..., 3:5], 1e-3)

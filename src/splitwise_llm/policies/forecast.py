@@ -33,7 +33,7 @@ def _moments(counts: Floats, assumed: Floats | float) -> tuple[Floats, Floats]:
 def _left(mean: Floats, spread: Floats, since_s: Floats) -> Floats:
     """Expected rest of a stretch that has lasted so long: of an exponential one (variation 1 or more) its mean, of a
     regular one (0) what is left of it, between them in proportion."""
-    random = spread.clip(0.0, 1.0)
+    random = np.minimum(spread, 1.0)
     return np.asarray(random * mean + (1 - random) * np.maximum(mean - since_s, 0.0))
 
 

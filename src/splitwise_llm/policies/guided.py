@@ -60,6 +60,10 @@ class Prepared:
     """(plans,): number in `CLASSES`."""
     of_class: Bools
     """(classes, 1, plans): the same, to be laid over systems."""
+    device: Ints
+    """The plans on the device alone."""
+    returns: Bools
+    """(plans,): what may be gone over to when an outage ends."""
     drafts: Bools
     """(plans,): whether it drafts."""
     penalty: Penalty
@@ -83,6 +87,8 @@ class Priced:
     """(systems,): D1(a*)"""
     bound: Floats
     """(systems,): what may be executed."""
+    unit: Floats
+    """(systems,): what the filter that ships lets pass above the least, by which differences of D1 are measured."""
     fresh: Bools
     """(systems,): at admission."""
     later_d1: Floats
@@ -153,11 +159,14 @@ class Guide:
             energy = self.w_energy * penalty.e_ref_j / penalty.t_ref_s
             machines = [decision.partition.machines for decision in decisions]
             classes = np.array([0 if m == {DEVICE} else 2 if DEVICE in m else 1 for m in map(set, machines)])
+            allowed = np.array([self.tools.allow(decision) for decision in decisions])
             kept = Prepared(
                 table,
-                np.array([self.tools.allow(decision) for decision in decisions]),
+                allowed,
                 classes,
                 classes == np.arange(len(CLASSES))[:, None, None],
+                np.nonzero(classes == 0)[0],
+                allowed & (classes > 0),
                 np.array([decision.draft > 0 for decision in decisions]),
                 replace(penalty, v=self.v, w_energy=energy),
                 weights * self.v,
@@ -177,12 +186,13 @@ class Guide:
         best = d1.argmin(axis=1)
         least = d1[np.arange(len(best)), best]
         of_class = np.where(prepared.of_class, d1, np.inf)
-        unit = self.v / prepared.penalty.t_ref_s
+        bound, unit = self._bound(least, self.eta, self.slack), self._bound(least, ETA, SLACK) - least
+        per_s = self.v / prepared.penalty.t_ref_s
         return Priced(
             menu, prepared, prices, terms, d1, best, least,
-            least + self.eta * np.abs(least) + self.slack * self.v, fresh,
-            np.where(fresh, least + unit * (menu.waited_s + self.epoch_s), self._staying(d1, menu, least)),
-            unit * self.t_max_s, of_class.argmin(axis=2), of_class.min(axis=2),
+            bound, unit, fresh,
+            np.where(fresh, least + per_s * (menu.waited_s + self.epoch_s), self._staying(d1, menu, least)),
+            per_s * self.t_max_s, of_class.argmin(axis=2), of_class.min(axis=2),
             self._prospect(menu, prepared, prices, usable),
         )  # fmt: skip
 
@@ -194,22 +204,28 @@ class Guide:
             return None
         at = np.nonzero(menu.past.is_down)[0]
         is_all = len(at) == len(menu.current)
-        some, device = menu if is_all else menu.at(at), np.nonzero(prepared.classes == 0)[0]
+        some = menu if is_all else menu.at(at)
         assert some.past is not None
         outage_s = np.where(some.outage_s > 0, some.outage_s, forecast.outages_s(some.past)[0])
-        goes = np.broadcast_to(prepared.allowed & (prepared.classes > 0), usable[at].shape)
+        goes = np.empty_like(usable[at])
+        goes[:] = prepared.returns
         penalty = prepared.penalty
         joule_s = penalty.w_energy * penalty.t_ref_s / penalty.e_ref_j
         prices_at = prices if is_all else _each(lambda value: value[at] if value.ndim > 1 else value, prices)
-        found = with_returns(some, prices_at, device, goes, outage_s, joule_s)
+        found = with_returns(some, prices_at, prepared.device, goes, outage_s, joule_s)
         terms = self._terms(some, prepared, found)
         d1 = np.where(usable[at], terms.objective(prepared.weights, some.virtual[:, None, :]), np.inf)
-        fresh = some.current < 0
-        begun, waited = (
-            np.where(mine, each.total_s + joule_s * each.device_j, np.inf).min(axis=1)
-            for mine, each in ((usable[at], found), (goes & ~usable[at], prices_at))
-        )
-        return Prospect(at, terms, d1, np.where(fresh & np.isfinite(waited), 1 - waited / begun, -1.0))
+        fresh, spared = some.current < 0, np.full(len(at), -1.0)
+        if fresh.any():
+            begun, waited = (
+                np.where(mine, each.total_s + joule_s * each.device_j, np.inf).min(axis=1)
+                for mine, each in ((usable[at], found), (goes & ~usable[at], prices_at))
+            )
+            spared = np.where(fresh & np.isfinite(waited), 1 - waited / begun, -1.0)
+        return Prospect(at, terms, d1, spared)
+
+    def _bound(self, least: Floats, eta: float, slack: float) -> Floats:
+        return least + eta * np.abs(least) + slack * self.v
 
     @staticmethod
     def _staying(d1: Floats, menu: Menu, least: Floats) -> Floats:
@@ -291,7 +307,9 @@ class Guide:
         on = knobs.outlook[at] > 0
         if not on.any():
             return waits
-        expected = _objective(priced.prospect.terms, priced.menu.at(at), prepared, knobs.at(at))
+        is_all = len(at) == len(values)
+        some, turned = (priced.menu, knobs) if is_all else (priced.menu.at(at), knobs.at(at))
+        expected = _objective(priced.prospect.terms, some, prepared, turned)
         plain = np.where(np.isfinite(priced.d1[at]), values[at], np.inf).min(axis=1)
         gains = expected < (plain - GAIN * np.abs(plain))[:, None]
         values[at] = np.where(on[:, None] & gains, np.minimum(expected, values[at]), values[at])
@@ -347,7 +365,7 @@ _SHED = -3
 
 def _objective(terms: Terms, menu: Menu, prepared: Prepared, knobs: Knobs) -> Floats:
     """(systems, plans), as knobs weigh it."""
-    scale = np.stack([knobs.device, knobs.link, knobs.link, knobs.cloud], axis=-1)[:, None, :]
+    scale = np.array([knobs.device, knobs.link, knobs.link, knobs.cloud]).T[:, None, :]
     return terms.objective(prepared.weights * scale, menu.virtual[:, None, :] * knobs.budgets[:, None, None])
 
 

@@ -56,6 +56,7 @@ HEADS: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("outlook", OUTLOOKS),
 )
 """Name and values of each, in the order of an action."""
+_VALUES = tuple(np.asarray(values) for _, values in HEADS)
 SIZES = tuple(len(values) for _, values in HEADS)
 NEUTRAL = tuple(0 if name in ("mode", "outlook") else values.index(1.0) for name, values in HEADS)
 """The action that is exact drift plus penalty."""
@@ -79,7 +80,7 @@ class Knobs:
     @classmethod
     def of(cls, actions: Ints) -> Knobs:
         """Of actions (systems, heads): the number of a value in each head."""
-        columns = [np.asarray(values)[actions[:, n]] for n, (_, values) in enumerate(HEADS)]
+        columns = [values[actions[:, n]] for n, values in enumerate(_VALUES)]
         return cls(columns[0].astype(np.int64), *columns[1:])
 
     @classmethod

@@ -210,7 +210,7 @@ def _entries(
         held, placement.context, job.prompt_tokens + observation.max_new_tokens, x,
         placement.decision.partition.machines,
     )  # fmt: skip
-    result = np.stack(found)
+    result = np.array(found)
     if placement.holdings is None:
         result[:, plans.entries.place == plans.entries.place[current]] = 0.0
     return result

@@ -57,19 +57,20 @@ def with_returns(menu: Menu, prices: Prices, device: Ints, goes: Bools, outage_s
     if not len(device) or not there.any():
         return prices
     table, left = menu.table, menu.remaining_tokens[:, None]
-    job, shape = table.bills[0].job, np.shape(prices.total_s)
-    held = np.broadcast_to(np.asarray(menu.outage_s, float), menu.current.shape)
+    job = table.bills[0].job
+    held = np.empty(menu.current.shape)
+    held[:] = menu.outage_s
     x = menu.conditions.copy()  # as they will be
     x[:, table.world.basis.wait(1)] -= np.minimum(held, x[:, table.world.basis.wait(1)])
     at, none = table.under(x), np.zeros_like(left)
-    good, zero = _stacked(prices, shape), np.zeros(shape)
-    anew = _stacked(at(none, None), shape)
-    token = _stacked(at(left, Entry(zero, zero, zero)), shape) / np.maximum(left, SMALL)
+    good, zero = _stacked(prices), np.zeros_like(prices.total_s)
+    anew = _stacked(at(none, None))
+    token = _stacked(at(left, Entry(zero, zero, zero))) / np.maximum(left, SMALL)
     nothing = (menu.current < 0)[:, None] | (left >= job.tokens_out - 1 - SMALL)  # is cached
     back = anew
     if not nothing.all():
         way = Entry(np.maximum(menu.entry_s - held[:, None], 0.0), menu.entry_device_s, menu.entry_cloud_s)
-        back = np.where(nothing, anew, _stacked(at(none, way), shape))
+        back = np.where(nothing, anew, _stacked(at(none, way)))
     grown = np.where(nothing, 1.0, 1 + np.maximum(job.tokens_out - 1 - left, 0.0) / job.prompt_tokens)
     home = _Later.of(back, token, left, goes, joule_s)
     again = anew * grown
@@ -79,33 +80,31 @@ def with_returns(menu: Menu, prices: Prices, device: Ints, goes: Bools, outage_s
 
     ends = outage_s[:, None, None] * ENDS
     begin, each = (good - left * token)[:, :, device, None], token[:, :, device, None]
-    made = np.clip((ends - begin[_TOTAL]) / np.maximum(each[_TOTAL], SMALL), 0.0, left[..., None])
-    arrived = np.clip(ends / np.maximum(begin[_TOTAL], SMALL), 0.0, 1.0)
+    made = (ends - begin[_TOTAL]) / np.maximum(each[_TOTAL], SMALL)
+    made = np.minimum(np.maximum(made, 0.0), left[..., None])
+    arrived = np.minimum(ends / np.maximum(begin[_TOTAL], SMALL), 1.0)
     rest = left[..., None] - made
     returned = np.where(arrived < 1, home.after(rest), cloud.after(rest))
     returned = returned + arrived * begin + made * each
     if menu.past is not None:
         unseen = -outage_s * np.expm1(-menu.past.age_s / np.maximum(outage_s, SMALL))
-        returned[[_TOTAL, _SERVICE]] += unseen[:, None, None]
-    stayed = np.broadcast_to(good[:, :, device, None], returned.shape)
+        for figure in (_TOTAL, _SERVICE):
+            returned[figure] += unseen[:, None, None]
+    stayed = good[:, :, device, None]
     better = (_cost(returned, joule_s) < _cost(stayed, joule_s)) & there[:, None, None]
-    good[:, :, device] = np.where(better, returned, stayed).mean(axis=-1)
+    good[:, :, device] = np.add.reduce(np.where(better, returned, stayed), axis=-1) / len(ENDS)
     work = Work(*good[len(_PLAIN) :])
     return Prices(**dict(zip(_PLAIN, good, strict=False)), nats=prices.nats, work=work)
 
 
-def _stacked(prices: Prices, shape: tuple[int, ...]) -> Floats:
+def _stacked(prices: Prices) -> Floats:
     """(figures, systems, plans): all that are not per token."""
-    figures = np.empty((len(_PLAIN) + len(_WORK), *shape))
-    for number, name in enumerate(_PLAIN):
-        figures[number] = getattr(prices, name)
-    for number, name in enumerate(_WORK, len(_PLAIN)):
-        figures[number] = getattr(prices.work, name)
-    return figures
+    work = prices.work
+    return np.array([*(getattr(prices, name) for name in _PLAIN), *(getattr(work, name) for name in _WORK)])
 
 
 def _cost(figures: Floats, joule_s: float) -> Floats:
-    result: Floats = figures[_TOTAL] + joule_s * figures[_JOULES]
+    result: Floats = figures[_TOTAL] + joule_s * figures[_JOULES] if joule_s else figures[_TOTAL]
     return result
 
 
