@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +85,12 @@ def test_simulated_losses_are_paired_and_neutral_constants_lose_nothing(tmp_path
     assert found.decisions >= 5 * 4  # neutral and four candidates, a decision a request at least
     assert checked([one], Constants(), 1, 4, quiet) == [1.0]
     file = tmp_path / "tuned.json"
-    write_constants(file, settings, found, {"steady": 1.0})
-    assert read_constants(file) == found.constants
+    neutral = replace(found, constants=Constants())
+    write_constants(file, settings, neutral, found, {"steady": 1.0})
+    assert read_constants(file) == Constants()
+    told = json.loads(file.read_text())
+    assert told["found"] == pytest.approx(asdict(found.constants), abs=1e-5)
+    assert told["found_over_neutral"] == {"steady": 1.0}
 
 
 def test_a_small_crowd_takes_as_large_a_share_of_its_cloud() -> None:

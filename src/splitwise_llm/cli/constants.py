@@ -34,11 +34,11 @@ def bench_constants(
     with whole(to) as part:
         assert part is not None
         these = list(all_problems(chosen))
-        outcome = tune(these, settings, tell, keep)
+        found = tune(these, settings, tell, keep)
         looked_at = these if check_traces else []
-        ratios = checked(looked_at, outcome.constants, check_traces, settings.requests, tell)
-        found, outcome = outcome, accepted(outcome, ratios)
+        ratios = checked(looked_at, found.constants, check_traces, settings.requests, tell)
+        outcome = accepted(found, ratios)
         if outcome != found:
             out.print(f"no better than neutral on the checking traces, which are kept: {told(found.constants)}")
-        write_constants(part, settings, outcome, dict(zip((one.name for one in looked_at), ratios, strict=True)))
+        write_constants(part, settings, outcome, found, dict(zip((one.name for one in looked_at), ratios, strict=True)))
     out.print(f"{told(outcome.constants)}; {outcome.generations} generations, {outcome.decisions} decisions")

@@ -201,12 +201,14 @@ def accepted(outcome: Outcome, ratios: Sequence[float]) -> Outcome:
     return outcome
 
 
-def write_constants(file: Path, settings: Settings, outcome: Outcome, ratios: dict[str, float]) -> None:
-    """The vector, and how it came about."""
+def write_constants(file: Path, settings: Settings, outcome: Outcome, found: Outcome, ratios: dict[str, float]) -> None:
+    """The vector, and how it came about: `found` is what the search ended with, `ratios` what that was checked to be
+    over neutral."""
     data = {
         "constants": asdict(outcome.constants),
-        "made_with": asdict(settings) | {"spent": outcome.decisions, "generations": outcome.generations},
-        "over_neutral": {name: round(ratio, 5) for name, ratio in ratios.items()},
+        "made_with": asdict(settings) | {"spent": found.decisions, "generations": found.generations},
+        "found": {name: round(value, 5) for name, value in asdict(found.constants).items()},
+        "found_over_neutral": {name: round(ratio, 5) for name, ratio in ratios.items()},
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
