@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trainings that differ by their seed, from an empty machine: five of the policy splitwise, three of the paper's and three
-# vectors of constants; and what each is worth on the test traces: rows `splitwise@seed-N`, `splitwise-paper@paper-N` and
-# `tuned@tuned-N` of out/seeds.json. About twenty minutes of two cores for each of the first, five for each of the second,
-# forty of one for each vector; stopped, it goes on where it was. Seeds 0 are what ships (`runs/train_policy.sh`,
-# `runs/tune_constants.sh`).
+# Trainings that differ by their seed, from an empty machine: five of the policy splitwise, three of the paper's, and three
+# vectors of constants as they are found (what ships is checked on other traces, too: `runs/tune_constants.sh`); and what
+# each is worth on the test traces: rows `splitwise@seed-N`, `splitwise-paper@paper-N` and `tuned@found-N` of
+# out/seeds.json. About twenty minutes of two cores for each of the first, five for each of the second, forty of one for
+# each vector; stopped, it goes on where it was. Seeds 0 of the first two are what `runs/train_policy.sh` makes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make venv
@@ -15,7 +15,8 @@ done
 for seed in 0 1 2; do
   .venv/bin/splitwise train --learner paper --seed "$seed" --out "out/training/paper-$seed"
   cp "out/training/paper-$seed/per_layer.npz" "out/seeds/paper-$seed.npz"
-  .venv/bin/splitwise bench constants --seed "$seed" --to "out/seeds/tuned-$seed.json" --keep "out/training/tuning-$seed.json"
+  .venv/bin/splitwise bench constants --seed "$seed" --check-traces 0 --keep "out/training/tuning-$seed.json" \
+    --to "out/seeds/found-$seed.json"
 done
 scenarios=()
 for name in healthy-cloud capable-edge private-mec private-wan flaky-wan tunnel day long-prompt; do

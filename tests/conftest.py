@@ -28,6 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("alone")
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two of torch's, which may add up in the order in which they come."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a small random model, by its name in TINY, with the bundled tokenizer beside it."""

@@ -60,7 +60,7 @@ def test_both_processes_run_with_as_much_memory_as_is_predicted_and_not_with_hal
     assert all(1e10 > peak > 5e7 for peak in taken.peaks)  # of whole processes
     monkeypatch.setattr(memory, "predicted", lambda *asked: tuple(size / 2 for size in predicted(*asked)))
     monkeypatch.setattr(memory, "_LEAST_LIMIT", 0)
-    with pytest.raises(WorkerFailed, match=r"would hold .* and has"):
+    with pytest.raises(WorkerFailed, match=r"would hold .* and may count on"):
         stand.run(CASES["u"], Weights.INT8)
     spec = Checkpoint(tmp_path / "model").architecture.spec
     for machine, little in enumerate(LITTLE):

@@ -24,11 +24,6 @@ HEALTHY = Weather(("500mbit", "500mbit"), (0.001, 0.001), 0.0, (1,), (0.0,), 0.0
 DEAD = Weather(("0.001mbit", "0.001mbit"), (5.0, 5.0), 0.0, (1,), (0.0,), 0.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def toy() -> Place:
     """GPT-2 on a Pi beside an A100."""
     spec = find_model("gpt2")
@@ -50,8 +45,8 @@ def test_it_finds_the_known_optimum(weather: Weather, machine: int, tmp_path: Pa
 
 
 # Dies when learn/per_layer.py says `pass` for `torch.set_num_threads(1)`.
+@pytest.mark.usefixtures("two_threads")
 def test_the_same_seed_learns_the_same_and_another_does_not(tmp_path: Path) -> None:
-    torch.set_num_threads(2)  # which may add up in the order in which they come
     somewhere = places(4, np.random.default_rng(3))
     first, again, other = (
         train_per_layer(SMALL, None, None, tmp_path / str(n), seed, somewhere) for n, seed in enumerate((0, 0, 1))

@@ -63,8 +63,8 @@ def test_on_a_toy_problem_the_greedy_plan_becomes_the_known_optimum() -> None:
 
 
 # Dies when learn/low_level.py says `pass` for `torch.set_num_threads(1)`.
+@pytest.mark.usefixtures("two_threads")
 def test_the_same_seed_gives_the_same_weights_interrupted_or_not(tmp_path: Path) -> None:
-    torch.set_num_threads(2)  # which add up in the order in which they come
     whole = train_low_level(SMALL, quiet, seed=3)
     assert torch.get_num_threads() == 1
     said = list[str]()

@@ -197,9 +197,9 @@ class Machine:
             would_fit = bool(count) and sum(self._held([*own, wanted])) <= self.memory_bytes
             raise MemoryTooSmall(
                 f"{name} would hold {show_bytes(weights)} of weights ({self.dtype}, {self.weights}) and "
-                f"{show_bytes(cache)} of cache{others}, and has {show_bytes(self.memory_bytes)}; "
+                f"{show_bytes(cache)} of cache{others}, and may count on {show_bytes(self.memory_bytes)}; "
                 + (f"try again in {RETRY_S:g} s, " if would_fit else "")
-                + "give it fewer layers, or start it with --weights int8 or int4",
+                + "give it fewer layers, or start it with --weights int8 or int4, or with more --memory",
                 RETRY_S if would_fit else None,
             )
 
