@@ -25,7 +25,7 @@ from splitwise_llm.learn.train import (
 )
 from splitwise_llm.observation import Past
 from splitwise_llm.policies import find_policy
-from splitwise_llm.policies.features import COUNT, NAMES, TOTAL, features
+from splitwise_llm.policies.features import COUNT, FORECASTS, NAMES, TOTAL, features
 from splitwise_llm.policies.guided import Constant
 from splitwise_llm.policies.knobs import NEUTRAL, SIZES
 from splitwise_llm.policies.mind import STALE_S, Mind
@@ -144,6 +144,22 @@ def test_what_it_cannot_judge_is_left_to_drift_and_counted(one: Course, env: Cou
     assert np.array_equal(broken.actions(one.guide.price(menu)), neutral)
     assert broken.tally.not_finite == count
     assert broken.tally.fallback_share == 1.0
+
+
+# Dies when policies/mind.py says `self.network.is_outside(x)` for
+# `self.network.is_outside(x, () if self.forecasts else FORECASTS)`.
+def test_what_is_kept_from_it_is_nothing_that_it_cannot_judge(one: Course, env: CourseEnv) -> None:
+    low = np.zeros(COUNT, np.float32)
+    low[list(FORECASTS)] = 0.5  # it learned where forecasts were never 0
+    net = replace(network(learner(TINY, env), env), low=low, high=np.ones(COUNT, np.float32))
+    worlds = Worlds(one.params, draw(one.params, 5, range(3), 6))
+    worlds.go_on()
+    priced = one.guide.price(worlds.questions()[0].menu)
+    blind, seeing = Mind(one.guide, net, forecasts=False), Mind(one.guide, net)
+    for mind in (blind, seeing):
+        mind.actions(priced)
+    assert blind.tally.fallback_share == 0.0
+    assert seeing.tally.outside > 0
 
 
 def test_features_are_bounded_and_named(one: Course) -> None:

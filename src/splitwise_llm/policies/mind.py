@@ -22,7 +22,7 @@ from splitwise_llm.decision import Decision
 from splitwise_llm.errors import RequestError
 from splitwise_llm.lyapunov import Budgets
 from splitwise_llm.observation import Menu, Observation, Tools
-from splitwise_llm.policies.features import features
+from splitwise_llm.policies.features import FORECASTS, features
 from splitwise_llm.policies.guided import STAY, Guide, Guided, Priced
 from splitwise_llm.policies.knobs import HEADS, NEUTRAL, SIZES, Knobs, Mode
 from splitwise_llm.policies.low_level import Level
@@ -102,7 +102,7 @@ class Mind:
         actions = best_actions(logits, self.guide.masks(priced))
         past, tally = priced.menu.past, self.tally
         stale = past.age_s > STALE_S if past is not None else np.zeros(len(x), np.bool_)
-        outside = ~stale & self.network.is_outside(x)
+        outside = ~stale & self.network.is_outside(x, () if self.forecasts else FORECASTS)
         wild = ~stale & ~outside & ~np.isfinite(logits).all(axis=1)
         tally.decisions += len(x)
         tally.stale += int(np.count_nonzero(stale))

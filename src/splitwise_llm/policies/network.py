@@ -6,7 +6,7 @@ to the logits of all heads, side by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
@@ -105,11 +105,14 @@ class Network:
         result: Array = both @ self.heads.T + self.heads_bias
         return result
 
-    def is_outside(self, x: Array) -> NDArray[np.bool_]:
-        """(systems,): whether any feature is outside of what was seen in training, or no number."""
+    def is_outside(self, x: Array, unseen: Sequence[int] = ()) -> NDArray[np.bool_]:
+        """(systems,): whether any feature is outside of what was seen in training, or no number; those that are kept
+        from it, `unseen`, may be anything."""
         plain = x[:, :COUNT]
-        inside = ((plain >= self.low - MARGIN) & (plain <= self.high + MARGIN)).all(axis=1)
-        return np.asarray(~(inside & np.isfinite(x).all(axis=1)))
+        inside = (plain >= self.low - MARGIN) & (plain <= self.high + MARGIN)
+        if unseen:
+            inside[:, unseen] = True
+        return np.asarray(~(inside.all(axis=1) & np.isfinite(x).all(axis=1)))
 
 
 def _sigmoid(x: Array) -> Array:
