@@ -132,6 +132,24 @@ def test_what_is_of_none_of_them_is_refused_before_anything_is_run(name: str, tm
         weight_files(tmp_path)
 
 
+# Dies when bench/variants.py says `False` for `file.stem == SPREAD or file.stem.endswith("+tools")`.
+@pytest.mark.parametrize("name", ["seeds.json", "mine+tools.json"])
+def test_a_file_that_is_named_as_another_row_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps({"constants": asdict(Constants())}))
+    with pytest.raises(SpecError, match="rename the file"):
+        weight_files(tmp_path)
+
+
+# Dies when bench/scenarios.py says `papers = list[str]()` for
+# `papers = [digest_of(row, self.weight_files) for row in self.weight_files if row.startswith(f"{PAPER}@")]`.
+def test_only_weights_of_the_papers_policy_whose_plans_are_in_every_table_make_all_cells_anew(weights: Path) -> None:
+    alone = Grid(weights=weights).fingerprint
+    assert alone == Grid().fingerprint
+    paper = Path(str(resources.files("splitwise_llm"))) / "data" / "policies" / "per_layer.npz"
+    shutil.copy(paper, weights / "again.npz")
+    assert Grid(weights=weights).fingerprint != alone
+
+
 def test_forms_of_ours_are_no_rivals_of_ours() -> None:
     assert all(is_ours(one.name + tools) for one in VARIANTS for tools in ("", "+tools"))
     assert is_ours("splitwise@seed1+tools")

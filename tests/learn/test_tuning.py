@@ -116,9 +116,10 @@ def test_what_ships_can_be_read_and_what_cannot_says_so(tmp_path: Path) -> None:
     file.write_text(json.dumps({"constants": {"device": 1.0}}))
     with pytest.raises(ModelError, match="no tuned constants"):
         read_constants(file)
-    file.write_text(json.dumps({"constants": dict.fromkeys(NAMES, -1.0)}))
-    with pytest.raises(ModelError, match="no tuned constants"):
-        read_constants(file)
+    for value in (-1.0, np.inf, np.nan):
+        file.write_text(json.dumps({"constants": dict.fromkeys(NAMES, value)}))
+        with pytest.raises(ModelError, match="no tuned constants"):
+            read_constants(file)
 
 
 def test_the_command_names_scenarios_it_does_not_know(tmp_path: Path) -> None:

@@ -189,6 +189,22 @@ def test_a_generation_that_grows_asks_for_no_new_prices_and_one_that_moves_does(
     assert entries.misses == 2
 
 
+# Dies when policies/entries.py says `if before is None:` for `if units != before:`.
+def test_a_cache_that_lacks_positions_in_one_half_alone_is_priced_as_such() -> None:
+    plans = [EDGE, CLOUD]
+    entries, x = Entries(TWO, plans), TWO.conditions()
+    whole = Holdings.of(EDGE.partition, 100, 2)
+    device = whole.machines[0]
+    last = max(device.filled)
+    short = replace(device, filled={**device.filled, last: dict.fromkeys(device.filled[last], 40)})
+    ready, later = (
+        entries.at(Holdings((machine, *whole.machines[1:])), 100, 192, x, (0,))[0][0] for machine in (device, short)
+    )
+    assert ready == 0.0
+    assert later > 0.0
+    assert entries.misses == 2
+
+
 def test_neutral_knobs_are_the_plain_solver() -> None:
     for world in (TWO, replace(TWO, links={(0, 1): CRAWL})):
         for limits in (Limits(), Limits(floor=Floor(1, 1))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,7 @@ from splitwise_llm.errors import ModelError, RequestError
 from splitwise_llm.observation import EVERYTHING, MachineView, Observation
 from splitwise_llm.partition import Partition
 from splitwise_llm.policies import find_policy
+from splitwise_llm.policies import network as high_level
 from splitwise_llm.policies.choosers import find_chooser
 from splitwise_llm.policies.layer_chooser import LayerChooser, layer_plans
 from splitwise_llm.policies.menus import menu
@@ -205,3 +207,20 @@ def test_weights_of_ones_own_are_read_and_what_are_none_says_so(tmp_path: Path) 
             read_network(tmp_path / f"{name}.npz")
     with pytest.raises(ModelError, match="no weights of splitwise-paper"):
         read_network(tmp_path / "none.npz")
+
+
+# Dies when policies/network.py says `TypeError, RuntimeError, BadZipFile)` for
+# `TypeError, RuntimeError, BadZipFile, zlib.error)`.
+# Dies when policies/network.py says `TypeError, BadZipFile, ` for `TypeError, RuntimeError, BadZipFile, `.
+@pytest.mark.parametrize(("name", "read"), [("per_layer", read_network), ("splitwise", high_level.Network.load)])
+def test_weights_with_spoiled_bytes_say_so(name: str, read: Callable[[Path], object], tmp_path: Path) -> None:
+    whole = (resources.files("splitwise_llm") / f"data/policies/{name}.npz").read_bytes()
+    data = 30 + int.from_bytes(whole[26:28], "little") + int.from_bytes(whole[28:30], "little")
+    file = tmp_path / "spoiled.npz"
+    for at, value, why in (
+        (data, 0xFF, "invalid block type"),
+        (whole.index(b"PK\x01\x02") + 8, 1, "encrypted"),
+    ):
+        file.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+        with pytest.raises(ModelError, match=rf"spoiled.npz: no weights .*{why}"):
+            read(file)

@@ -35,7 +35,7 @@ from splitwise_llm.bench.figures import Figures
 from splitwise_llm.bench.kept import Shelf
 from splitwise_llm.bench.outcome import Outcome, ratio
 from splitwise_llm.bench.peers_lan import peer_cells
-from splitwise_llm.bench.variants import LEARNED, OURS, VARIANTS, digest_of, weight_files
+from splitwise_llm.bench.variants import LEARNED, OURS, PAPER, SPREAD, VARIANTS, digest_of, weight_files
 from splitwise_llm.errors import ModelError, RequestError, SpecError
 from splitwise_llm.learn.causal import Causal
 from splitwise_llm.observation import PLAIN, Tools
@@ -114,8 +114,10 @@ class Grid:
     @cached_property
     def fingerprint(self) -> str:
         """Of everything that figures depend on: size, seed, recordings, and the source itself. Of the source, rooms
-        that neither simulator nor policies may import (`pyproject.toml`) are left out; weights are cells' own."""
-        settings = (self.quick, self.few, self.size, self.seed, self.traces, self.requests, self.cut_gaps)
+        that neither simulator nor policies may import (`pyproject.toml`) are left out; weights are cells' own, but for
+        the paper's policy, whose plans stand in tables that all choose from."""
+        papers = [digest_of(row, self.weight_files) for row in self.weight_files if row.startswith(f"{PAPER}@")]
+        settings = (self.quick, self.few, self.size, self.seed, self.traces, self.requests, self.cut_gaps, papers)
         digest = hashlib.sha256(repr(settings).encode())
         root = Path(str(resources.files("splitwise_llm")))
         for file in sorted(root.rglob("*.py")):
@@ -477,7 +479,7 @@ def _add_spread(figures: Figures, cells: Sequence[Cell]) -> None:
         if at:
             tools = WITH_TOOLS if one.policy.endswith(WITH_TOOLS) else ""
             for metric in ("mean_s", "p95_s", "device_j"):
-                name = f"{one.scenario}.{one.case}/{learner}@seeds{tools}/{metric}"
+                name = f"{one.scenario}.{one.case}/{learner}@{SPREAD}{tools}/{metric}"
                 seeds.setdefault(name, []).append(one.metrics[metric].value)
     for name, values in seeds.items():
         figures.add(name, float(np.mean(values)))

@@ -24,6 +24,7 @@ from splitwise_llm.policies import find_policy
 from splitwise_llm.policies.choosers import find_chooser
 from splitwise_llm.policies.guided import ETA, SLACK, Guide
 from splitwise_llm.policies.mind import Mind, Splitwise, shipped
+from splitwise_llm.policies.network import UNREADABLE
 from splitwise_llm.policies.per_layer import PerLayer
 from splitwise_llm.policies.tuned import Tuned
 
@@ -32,6 +33,8 @@ TUNED = "tuned"
 PAPER = "splitwise-paper"
 LEARNED = (OURS, TUNED, PAPER)
 """Policies whose figures depend on a file of weights or constants; ours first."""
+SPREAD = "seeds"
+"""In place of a file's name: of all weights of a policy together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,8 @@ def is_ours(policy: str) -> bool:
 
 def weight_files(folder: Path | None) -> dict[str, Path]:
     """Row -> file, of a folder with weights of ours and of the paper's policy (`*.npz`), and constants (`*.json`).
-    Raises SpecError where there are none, and ModelError for what is neither, before anything is run."""
+    Raises SpecError where there are none or a name stands for another row, and ModelError for what is neither, before
+    anything is run."""
     if folder is None:
         return {}
     found = {f"{_whose(file)}@{file.stem}": file for file in sorted([*folder.glob("*.npz"), *folder.glob("*.json")])}
@@ -69,7 +73,9 @@ def weight_files(folder: Path | None) -> dict[str, Path]:
             f"{folder} has no weights (*.npz) and no constants (*.json): give a folder with some that "
             "`splitwise train` or `splitwise bench constants` made"
         )
-    for row in found:
+    for row, file in found.items():
+        if file.stem == SPREAD or file.stem.endswith("+tools"):
+            raise SpecError(f"{file}: no row can be {row}, which is the name of something else: rename the file")
         _loaded(_named(row, found))
     return found
 
@@ -78,7 +84,7 @@ def _whose(file: Path) -> str:
     """Which policy a file is of."""
     if file.suffix == ".json":
         return TUNED
-    with suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(file) as arrays:
+    with suppress(*UNREADABLE), zipfile.ZipFile(file) as arrays:
         if "figures_mean.npy" in arrays.namelist():
             return PAPER
     return OURS
@@ -138,6 +144,6 @@ def digest_of(policy: str, weights: Mapping[str, Path]) -> str:
 
 
 __all__ = [
-    "LEARNED", "OURS", "PAPER", "TUNED", "VARIANTS", "Variant", "chooser_of", "digest_of", "is_ours",
+    "LEARNED", "OURS", "PAPER", "SPREAD", "TUNED", "VARIANTS", "Variant", "chooser_of", "digest_of", "is_ours",
     "per_layer_policies", "weight_files",
 ]  # fmt: skip

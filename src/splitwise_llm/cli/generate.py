@@ -70,8 +70,8 @@ def generate(
     policy: Annotated[
         str,
         typer.Option(
-            help="Who chooses instead, now and while tokens flow, as in drift; splitwise:FILE with weights that "
-            "`train` made."
+            help="Who chooses instead, now and while tokens flow, as in drift; splitwise:FILE, "
+            "splitwise-paper:FILE with weights that `train` made, tuned:FILE with constants of `bench constants`."
         ),
     ] = "",
     low_level: LowLevel = "",

@@ -73,7 +73,11 @@ def plan(
     request: Annotated[str, typer.Option(help="Prompt/output tokens.")] = "128/128",
     floor: Annotated[str, typer.Option(help="First+last layers that stay on the device, as in 2+2.")] = "",
     policy: Annotated[
-        str, typer.Option(help="Show this planner's choice first; splitwise:FILE with weights that `train` made.")
+        str,
+        typer.Option(
+            help="Show this planner's choice first; splitwise:FILE, splitwise-paper:FILE with weights that `train` "
+            "made, tuned:FILE with constants of `bench constants`."
+        ),
     ] = "",
     low_level: LowLevel = "",
     explain: Annotated[

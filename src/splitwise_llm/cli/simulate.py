@@ -34,7 +34,8 @@ def simulate(
     policy: Annotated[
         str,
         typer.Option(
-            help="Who decides, as in cloud-only, neurosurgeon or drift; splitwise:FILE with weights that `train` made.",
+            help="Who decides, as in cloud-only, neurosurgeon or drift; splitwise:FILE, splitwise-paper:FILE with "
+            "weights that `train` made, tuned:FILE with constants of `bench constants`.",
             show_default="drift; with --from-records only those who decided live",
         ),
     ] = "",

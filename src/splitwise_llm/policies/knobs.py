@@ -14,7 +14,8 @@ Neutral is exact drift plus penalty. The weight V is no knob: scaling it is the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import astuple, dataclass, fields
 from enum import IntEnum
 
 import numpy as np
@@ -104,8 +105,11 @@ class Constants:
     draft: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.device, self.link, self.cloud, self.patience) < 0 or self.budgets < 1 or self.draft <= 0:
-            raise RequestError(f"prices and patience are 0 or more, budgets 1 or more, odds above 0; got {self}")
+        least = min(self.device, self.link, self.cloud, self.patience)
+        if not all(map(math.isfinite, astuple(self))) or least < 0 or self.budgets < 1 or self.draft <= 0:
+            raise RequestError(
+                f"prices and patience are 0 or more, budgets 1 or more, odds above 0, all finite; got {self}"
+            )
 
     def knobs(self, systems: int) -> Knobs:
         columns = [np.full(systems, getattr(self, field.name)) for field in fields(self)] + [np.zeros(systems)]

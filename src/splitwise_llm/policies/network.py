@@ -6,6 +6,7 @@ to the logits of all heads, side by side.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ NAMES = (
 )  # fmt: skip
 _ONE, _LOW, _HIGH = np.array([1, -30, 30], np.float32)[:, None, None]
 """Arrays: a plain number is converted anew by each call, which takes as long as the call."""
+UNREADABLE = (OSError, ValueError, EOFError, AttributeError, TypeError, RuntimeError, BadZipFile, zlib.error)
+"""What reading a damaged or strange file of arrays raises."""
 MARGIN = 0.05
 """What a feature may lie outside of what was seen in training, of [0, 1]."""
 
@@ -77,7 +80,7 @@ class Network:
                 return cls.of(arrays)
         except ModelError as error:
             raise ModelError(f"{file}: {error}") from None
-        except (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile) as error:
+        except UNREADABLE as error:
             raise ModelError(f"{file}: no weights of a policy ({error}); make some with `splitwise train`") from error
 
     def save(self, file: Path) -> None:

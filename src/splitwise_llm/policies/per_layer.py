@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -39,6 +38,7 @@ from splitwise_llm.partition import Part, Partition
 from splitwise_llm.plan import DEVICE
 from splitwise_llm.policies import rules
 from splitwise_llm.policies.in_flight import decided_once, reachable
+from splitwise_llm.policies.network import UNREADABLE
 from splitwise_llm.policies.per_layer_network import PAST, Actions, Floats, Network, Rules, shapes
 from splitwise_llm.policies.pipelines import driven
 from splitwise_llm.policies.planners import typical
@@ -199,7 +199,7 @@ def read_network(file: Path) -> Network:
     try:
         with file.open("rb") as opened, np.load(opened) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile) as error:
+    except UNREADABLE as error:
         raise ModelError(f"{file}: no weights of splitwise-paper ({error}); {_MAKE}") from error
     for name, shape in shapes(NUM_FIGURES).items():
         if name not in found or found[name].shape != shape:
