@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make venv
-mkdir -p out/seeds out/cells
+mkdir -p out/seeds out/seed-cells
 for seed in 0 1 2 3 4; do
   .venv/bin/splitwise train --learner high --seed "$seed" --processes 2 --out "out/training/seed-$seed"
   cp "out/training/seed-$seed/splitwise.npz" "out/seeds/seed-$seed.npz"
@@ -22,5 +22,5 @@ scenarios=()
 for name in healthy-cloud capable-edge private-mec private-wan flaky-wan tunnel day long-prompt; do
   scenarios+=(--scenario "$name")
 done
-.venv/bin/splitwise bench scenarios --few --worlds 12 --requests-per-trace 60 --keep out/cells --weights out/seeds \
+.venv/bin/splitwise bench scenarios --few --worlds 12 --requests-per-trace 60 --keep out/seed-cells --weights out/seeds \
   --json out/seeds.json "${scenarios[@]}" "$@"

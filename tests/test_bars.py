@@ -187,8 +187,9 @@ def test_a_policy_that_falls_back_too_often_is_told_with_its_knobs() -> None:
 def test_every_loss_with_confidence_is_listed_and_bounds_are_no_rivals() -> None:
     case = {
         "splitwise": outcome(1.1), "drift": outcome(), "router": outcome(1.05), CAUSAL: outcome(0.8),
-        "splitwise-filter-0": outcome(0.9), "splitwise@a": outcome(0.9), "best-static": outcome(0.9),
-        "splitwise+tools": outcome(), "drift+tools": outcome(1.2), CONTROLLER: outcome(0.8),
+        "splitwise-filter-0": outcome(0.9), "splitwise@a": outcome(0.9), "tuned@a": outcome(0.9),
+        "best-static": outcome(0.9), "splitwise+tools": outcome(), "drift+tools": outcome(1.2),
+        CONTROLLER: outcome(0.8),
     }  # fmt: skip
     losses = losses_of(Evidence({("day", "a"): case}), ("mean_s",))
     assert [(one.where, one.rival) for one in losses] == [("day.a", "drift")]

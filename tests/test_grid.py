@@ -8,22 +8,28 @@ from dataclasses import asdict, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from networks import steady_network
-from splitwise_llm.bench import scenarios
-from splitwise_llm.bench.cells import Setting, Size, mean_estimate
+from splitwise_llm.bench import cells, scenarios
+from splitwise_llm.bench.cells import MOST_EXTRA, Setting, Size, mean_estimate
 from splitwise_llm.bench.claims import claims_of, judged
 from splitwise_llm.bench.outcome import Outcome, compared, ratio, together
 from splitwise_llm.bench.scenarios import CAUSAL, CLAIRVOYANT, Grid, cell_from, figures_of, run_grid, scalings
 from splitwise_llm.bench.variants import VARIANTS, digest_of, is_ours, per_layer_policies, weight_files
-from splitwise_llm.cost import Table
+from splitwise_llm.cost import Job, Limits, Table, World
+from splitwise_llm.decision import Decision, WirePrecision
 from splitwise_llm.errors import ModelError, RequestError, SpecError
 from splitwise_llm.page import to_csv
+from splitwise_llm.partition import Partition
+from splitwise_llm.policies import rules
 from splitwise_llm.policies.guided import Constant
 from splitwise_llm.policies.knobs import Constants
+from splitwise_llm.policies.menus import MAX_PLANS
+from splitwise_llm.policies.per_layer import PerLayer
 from splitwise_llm.records import Cell, Estimate
 from splitwise_llm.sim.params import CloudProcess, SharedCloud
 from splitwise_llm.sim.scenarios import HEAVY, SCENARIOS, Case, find_scenario
@@ -123,6 +129,27 @@ def test_what_a_folder_holds_becomes_rows_of_the_policies_it_is_of(weights: Path
     figures = figures_of(made, {}).figures
     assert figures["flaky-wan.orin-gpt2xl/tuned@seeds/mean_s"] == made[0].metrics["mean_s"].value
     assert figures["flaky-wan.orin-gpt2xl/splitwise@seeds/mean_s"] == made[1].metrics["mean_s"].value
+
+
+# Dies when bench/cells.py says `extra |= theirs` for
+# `extra |= dict.fromkeys(islice(theirs, max(MOST_EXTRA - len(extra), 0)))`.
+def test_plans_of_weights_leave_room_in_a_table_for_those_of_planners(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = cells.layer_plans
+
+    def many(policy: PerLayer, world: World, job: Job, *others: Any) -> list[Decision]:
+        cuts = rules.that_exist(rules.cuts, world, Limits())
+        chunked = [Decision(cut, WirePrecision.FP16, chunk) for cut in cuts for chunk in (None, 32, 128)]
+        return chunked if policy is strange else kept(policy, world, job, *others)
+
+    strange = PerLayer()
+    monkeypatch.setattr(cells, "layer_plans", many)
+    monkeypatch.setattr(cells, "per_layer_policies", lambda _: [strange])
+    (table,) = Setting(FLAKY, FLAKY.cases[0], Size(1, 1, 1)).tables
+    mine = {bill.decision for bill in tables()[0].bills}
+    assert MOST_EXTRA < len(table) <= MAX_PLANS
+    assert Decision(Partition.all_on(table.world.spec, 0), WirePrecision.FP16) in mine & {
+        bill.decision for bill in table.bills
+    }
 
 
 @pytest.mark.parametrize("name", ["low_level.npz", "tuned.json"])

@@ -355,8 +355,8 @@ class Loss:
 
 
 def losses_of(evidence: Evidence, metrics: Sequence[str] = ("mean_s", "p95_s", "device_j")) -> list[Loss]:
-    """Every case and metric in which the best rival with the same tools is better with confidence. Bounds, and plans
-    that were chosen on the very traces, are no rivals."""
+    """Every case and metric in which the best rival with the same tools is better with confidence. Bounds, plans that
+    were chosen on the very traces, and other weights of a policy are no rivals."""
     found = []
     for (scenario, case), outcomes in evidence.outcomes.items():
         for tools in ("", WITH_TOOLS):
@@ -366,6 +366,7 @@ def losses_of(evidence: Evidence, metrics: Sequence[str] = ("mean_s", "p95_s", "
                 for name in outcomes
                 if name.endswith(WITH_TOOLS) == bool(tools)
                 and not is_ours(name)
+                and "@" not in name
                 and name not in (CAUSAL, CLAIRVOYANT, CONTROLLER)
                 and not name.startswith(HINDSIGHT)
             ]

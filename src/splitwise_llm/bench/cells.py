@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from splitwise_llm.observation import PLAIN, Chooser, Menu, Tools
 from splitwise_llm.policies import POLICIES
 from splitwise_llm.policies.choosers import Fixed, planned
 from splitwise_llm.policies.layer_chooser import layer_plans
-from splitwise_llm.policies.menus import menu
+from splitwise_llm.policies.menus import MAX_PLANS, menu
 from splitwise_llm.policies.mind import Mind, Splitwise, Tally
 from splitwise_llm.policies.objective import DriftPlusPenalty, Latency, Objective
 from splitwise_llm.policies.per_layer import PerLayer
@@ -44,6 +45,9 @@ HINDSIGHT = "best-static"
 TOOLS = Tools((WirePrecision.FP16, WirePrecision.INT8), (None, 32, 128), (0, 1, 2, 3, 4, 6))
 WARM_UP = 0.1
 CURVE_POINTS = 120
+MOST_EXTRA = MAX_PLANS * 3 // 4
+"""Plans of a table beside those that planners need, from which on weights of rows add none: what else they decide is
+the nearest of those there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +117,15 @@ class Setting:
     def _table(self, world: World, job: Job) -> Table:
         states = load_states(world, self.scenario, self.case)
         extra: dict[Decision, None] = {}
+        theirs: dict[Decision, None] = {}
         objectives: dict[Tools, list[Objective]] = {}
         for tools in (PLAIN, TOOLS):
             penalty, weights = typical(world, job, tools, self.limits, self.case.per_s)
             objectives[tools] = [Latency(), DriftPlusPenalty(penalty, weights)]
-            others = [("", one) for one in per_layer_policies(self.weights)]
-            for name, policy in [*((name, one) for name, (_, one) in POLICIES.items()), *others]:
+            for paper in per_layer_policies(self.weights):
+                plans = layer_plans(paper, world, job, tools, self.limits, states, self.case.per_s)
+                theirs |= dict.fromkeys(plans)
+            for name, (_, policy) in POLICIES.items():
                 if isinstance(policy, PerLayer):
                     plans = layer_plans(policy, world, job, tools, self.limits, states, self.case.per_s)
                     extra |= dict.fromkeys(plans)
@@ -127,6 +134,7 @@ class Setting:
                         extra[planned(policy, world, job, tools, self.limits)] = None
                     except RequestError:
                         continue  # this program has no plan here, and so no cell
+        extra |= dict.fromkeys(islice(theirs, max(MOST_EXTRA - len(extra), 0)))
         return menu(world, job, (PLAIN, TOOLS), self.limits, states, objectives[TOOLS], extra)
 
     @cached_property
