@@ -12,13 +12,12 @@ for one in high low paper; do
     .venv/bin/splitwise train --learner "$one" --seed 0 --out "out/training/$one" "${processes[@]}"
   fi
 done
-for file in splitwise low_level per_layer; do
-  for made in out/training/*/"$file.npz"; do
-    if [ ! -f "$made" ]; then continue; fi
-    if cmp -s "$made" "src/splitwise_llm/data/policies/$file.npz"; then
-      echo "$file: the shipped weights, bit for bit"
-    else
-      echo "$file: NOT bit for bit the shipped weights"
-    fi
-  done
+for made in high/splitwise low/low_level paper/per_layer; do
+  file="$(basename "$made")"
+  if [ ! -f "out/training/$made.npz" ]; then continue; fi
+  if cmp -s "out/training/$made.npz" "src/splitwise_llm/data/policies/$file.npz"; then
+    echo "$file: the shipped weights, bit for bit"
+  else
+    echo "$file: NOT bit for bit the shipped weights"
+  fi
 done

@@ -84,7 +84,8 @@ def features(priced: Priced, *, forecasts: bool = True) -> NDArray[np.float32]:
     put(penalty.w_energy, menu.table.world.drafter.acceptance)
     prices, best = priced.prices, priced.best
     service = prices.service_s[n, best] + prices.wait_s[n, best]
-    put(*(seconds / t for seconds in forecast.outages_s(past)))
+    outages_s = priced.prospect.outages_s if priced.prospect else forecast.outages_s(past)
+    put(*(seconds / t for seconds in outages_s))
     put(*forecast.outage_within(past, np.array([np.full(count, t), service])))
     put(*forecast.rate_ratio(past).T)
     put(*_outlook(priced))

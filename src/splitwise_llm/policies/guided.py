@@ -108,6 +108,8 @@ class Prospect:
 
     at: Ints
     """Which they are."""
+    outages_s: tuple[Floats, Floats]
+    """(systems,) each, of all: `forecast.outages_s`."""
     terms: Terms
     """Of them, plans on the device being left when that is cheaper."""
     d1: Floats
@@ -205,8 +207,8 @@ class Guide:
         at = np.nonzero(menu.past.is_down)[0]
         is_all = len(at) == len(menu.current)
         some = menu if is_all else menu.at(at)
-        assert some.past is not None
-        outage_s = np.where(some.outage_s > 0, some.outage_s, forecast.outages_s(some.past)[0])
+        outages_s = forecast.outages_s(menu.past)
+        outage_s = np.where(some.outage_s > 0, some.outage_s, outages_s[0][at])
         goes = np.empty_like(usable[at])
         goes[:] = prepared.returns
         penalty = prepared.penalty
@@ -222,7 +224,7 @@ class Guide:
                 for mine, each in ((usable[at], found), (goes & ~usable[at], prices_at))
             )
             spared = np.where(fresh & np.isfinite(waited), 1 - waited / begun, -1.0)
-        return Prospect(at, terms, d1, spared)
+        return Prospect(at, outages_s, terms, d1, spared)
 
     def _bound(self, least: Floats, eta: float, slack: float) -> Floats:
         return least + eta * np.abs(least) + slack * self.v
