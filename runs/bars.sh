@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The table of docs/bars.md: what the policy splitwise must reach, row by row, from an empty machine; and its two rows of
-# running processes (runs/live_bars.sh). Two to three hours of one core, most of it the stability of 32 long traces and rush-hour's
-# nine crowds of 120 devices, then two of both; stop it at will, finished cases are kept and not run again.
+# running processes (runs/live_bars.sh). Two to three hours of one core, most of it the stability of 32 long traces and
+# rush-hour's nine crowds of 120 devices, then two of both; stop it at will, finished cases are kept and not run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make venv
